@@ -1,0 +1,109 @@
+"The loop orders: reading `\"std mean\"`, and running the loops on whatever can be measured, shifted and scaled."
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .moments import Moments
+
+__all__ = ['ORDERS', 'parse_order', 'run_loops', 'Meter', 'AffineMeter']
+
+WORDS = ('mean', 'std')
+
+ORDERS = {
+    'std mean': "std loop, then mean loop: the thread's last post (the default)",
+    'mean std': "mean loop, then std loop: the lesson-11 notebook; leaves means off zero",
+    'mean+std': "one joint loop: the thread's first post",
+    'mean std mean std': "the two loops run twice: the thread's second post",
+    'std': "variance only: Mishkin & Matas 2016, Algorithm 1, and the Torch port",
+}
+
+# A step that should scale the output and moves its std by less than this share (in logarithms) was to no effect.
+_MIN_RESPONSE, _TELLING = 0.1, 0.02
+# A mean loop that costs more than half of the std is killing activations, not centring them.
+_MIN_STD_KEPT = 0.5
+
+
+def parse_order(
+    order: str  # Loops in the order they run, separated by spaces; `+` joins words into one loop
+) -> tuple[tuple[str, ...], ...]:  # One tuple of words a loop
+    "Read an order such as `\"std mean\"` or `\"mean+std\"`. Raises `TypeError` or `ValueError` with the words it takes."
+    takes = "it takes the words 'mean' and 'std', separated by spaces or joined by '+', such as " + ', '.join(map(repr, ORDERS))
+    if not isinstance(order, str): raise TypeError(f"order: got {order!r} of type {type(order).__name__}; {takes}")
+    loops = tuple(tuple(loop.split('+')) for loop in order.split())
+    if not loops: raise ValueError(f"order: got {order!r}, which holds no loop; {takes}")
+    for loop in loops:
+        for word in loop:
+            if word not in WORDS: raise ValueError(f"order: unknown word {word!r} in {order!r}; {takes}")
+        if len(set(loop)) < len(loop): raise ValueError(f"order: {'+'.join(loop)!r} in {order!r} names a word twice; {takes}")
+    return loops
+
+
+class Meter(Protocol):
+    "What the loops need of a unit: to measure its output, and to move what it is made of."
+    can_shift: bool  # Whether there is a bias to move the mean with
+    def stats(self) -> tuple[Tensor, Tensor]: "Mean and std, float64: (1,), or (C,) when each channel is normalized."
+    def shift(self, by: Tensor) -> None: "Add `by` to the bias."
+    def scale(self, by: Tensor) -> None: "Multiply the weight by `by`."
+
+
+def _off(stat: Tensor, target: float, tol: float) -> Tensor: return ((stat - target).abs() > tol)
+
+
+def run_loops(
+    loops: tuple[tuple[str, ...], ...],  # From `parse_order`
+    meter: Meter,  # What to measure and move
+    target_mean: float,
+    target_std: float,
+    tol: float,  # A statistic this close to its target is left alone
+    max_steps: int,  # Steps that one loop may take
+) -> str:  # "" or why the loops were of no use: "unresponsive" (to the weight), "immovable" (by the bias), "non-finite"
+    """Run each loop until its statistics are within `tol`: `bias -= mean`, `weight /= std`, as the thread writes them.
+
+    Both statistics of a joint loop are taken before either is corrected, and one within `tol` is left alone."""
+    for words in loops:
+        shifts,scales = 'mean' in words and meter.can_shift, 'std' in words
+        mean,std = meter.stats()
+        std_at_start = std
+        for _ in range(max_steps):
+            to_shift = _off(mean, target_mean, tol) if shifts else torch.zeros_like(mean, dtype=torch.bool)
+            # A channel that does not vary cannot be scaled; it is left as it is.
+            to_scale = (_off(std, target_std, tol) & (std > 0)) if scales else torch.zeros_like(std, dtype=torch.bool)
+            if not (to_shift.any() or to_scale.any()): break
+            factor = torch.where(to_scale, target_std/std, torch.ones_like(std))
+            if to_shift.any(): meter.shift(torch.where(to_shift, target_mean - mean, torch.zeros_like(mean)))
+            if to_scale.any(): meter.scale(factor)
+            was,(mean,std) = std,meter.stats()
+            if not (mean.isfinite().all() and std.isfinite().all()): return 'non-finite'
+            asked,got = factor.log(),(std/was).log()
+            telling = asked.abs() > _TELLING  # by less, rounding drowns the response
+            if telling.any() and not to_shift.any() and (got/asked)[telling].median() < _MIN_RESPONSE: return 'unresponsive'
+        else:
+            if shifts and _off(mean, target_mean, tol).any(): return 'immovable'
+        if shifts and not scales and (std < _MIN_STD_KEPT*std_at_start).any(): return 'immovable'
+    return ''
+
+
+class AffineMeter:
+    """A unit whose output is `z + bias`, with `z` linear in the weight: the loops run on the moments of `z` alone.
+
+    With the weight scaled by `a` and the bias at `b`, and equal counts per channel,
+    `mean(o) = mean_c(a m_c + b_c)` and `var(o) = mean_c(a**2 v_c) + var_c(a m_c + b_c)`.
+    Nothing is touched until the caller applies `weight_scale` and `bias_shift`."""
+    def __init__(self,
+        z: Moments,  # Moments of the output without its bias
+        bias: Tensor | float,  # (C,) float64, or 0.
+        can_shift: bool,  # Whether the bias may be moved
+        per_channel: bool  # Normalize each channel, or the whole output
+    ):
+        self.z,self.bias,self.can_shift,self.per_channel = z,bias,can_shift,per_channel
+        size = len(z.mean) if per_channel else 1
+        self.weight_scale,self.bias_shift = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+
+    def stats(self):
+        return self.z.affine(self.weight_scale, self.bias + self.bias_shift).stats(self.per_channel)
+
+    def shift(self, by): self.bias_shift = self.bias_shift + by
+    def scale(self, by): self.weight_scale = self.weight_scale*by

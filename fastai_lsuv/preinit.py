@@ -1,0 +1,54 @@
+"Step one of the paper: orthonormal weights (Saxe et al. 2014), zero biases."
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from .units import Unit
+
+__all__ = ['preinitialize', 'orthogonal_']
+
+
+@torch.no_grad()
+def orthogonal_(
+    layer: nn.Module  # A conv, linear or bilinear layer, plain, parametrized or with `weight_norm`
+) -> None:
+    """Give `layer` an orthonormal weight, each group of a grouped conv its own, and a zero bias.
+
+    A weight that is all zeros is left so: that is how a residual branch or a head is made to start at nothing."""
+    w = getattr(layer, 'weight', None)
+    if not isinstance(w, Tensor) or w.numel() == 0 or not w.any(): return
+    if w.dim() < 2: return
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    q = torch.empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
+    for part in q.chunk(groups): nn.init.orthogonal_(part)
+    if parametrize.is_parametrized(layer, 'weight'):
+        try: layer.weight = q.to(w)
+        except (NotImplementedError, RuntimeError, ValueError): return  # no way back from a weight to what it is computed from
+    elif 'weight_g' in layer._parameters:  # weight_norm of old
+        g,v = layer.weight_g,layer.weight_v
+        v.copy_(q)
+        dims = [d for d in range(v.dim()) if d >= g.dim() or g.shape[d] != v.shape[d]]
+        g.copy_(torch.linalg.vector_norm(v, dim=dims or None, keepdim=bool(dims)).reshape(g.shape))
+    else: (layer.weight_orig if 'weight_orig' in layer._parameters else w).copy_(q)
+    bias = layer._parameters.get('bias')
+    if bias is not None and bias.requires_grad: bias.zero_()
+
+
+def preinitialize(
+    units: list[Unit],  # What to initialize; those left alone keep their weights
+    preinit: str | Callable[[nn.Module], object] | None  # "orthogonal", `None` or a function of the layer that holds the weight
+) -> None:
+    "Give each unit its starting weights, the same on every rank of `torch.distributed`."
+    start = orthogonal_ if preinit == 'orthogonal' else preinit
+    layers = {id(u.layer): u.layer for u in units if not u.left_alone}
+    for layer in layers.values():
+        if start is not None:
+            with torch.no_grad(): start(layer)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for p in layer.parameters(): dist.broadcast(p.data, 0)

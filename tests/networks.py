@@ -1,0 +1,349 @@
+"The networks that LSUV is judged on: torchvision, timm, fastai, and hard cases made by hand. Weights are never downloaded."
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+NETWORKS: dict[str, Network] = {}
+
+
+@dataclass
+class Network:
+    name: str
+    make: Callable[[], tuple[nn.Module, Any]]  # -> the model, and a mini-batch: a tensor, or a tuple or dict of its inputs
+    statuses: dict[str, str] = field(default_factory=dict)  # By unit, those that are not "ok" or "no bias"
+
+    def __call__(self) -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return self.make()
+
+
+def network(name: str, **statuses: str):
+    "Add what the decorated function makes to `NETWORKS`; `statuses` are those that differ, with `__` for a dot in a name."
+    def add(make):
+        NETWORKS[name] = Network(name, make, {k.replace('__', '.'): v for k, v in statuses.items()})
+        return make
+    return add
+
+
+def images(n: int = 32, size: int = 64, channels: int = 3): return torch.randn(n, channels, size, size)
+
+
+# --- torchvision
+
+def _torchvision(name: str, n: int = 16, size: int = 64, **kwargs):
+    def make():
+        import torchvision.models as tv
+        return getattr(tv, name)(weights=None, **kwargs), images(n, size)
+    NETWORKS[f'torchvision/{name}'] = Network(f'torchvision/{name}', make)
+
+
+for _name in ['alexnet', 'vgg11', 'vgg16', 'vgg11_bn', 'resnet18', 'resnet50', 'squeezenet1_1', 'densenet121', 'mobilenet_v2',
+              'mobilenet_v3_small', 'shufflenet_v2_x0_5', 'mnasnet0_5', 'efficientnet_b0', 'regnet_y_400mf', 'convnext_tiny']:
+    _torchvision(_name)
+_torchvision('googlenet', init_weights=False)  # returns a named tuple, with auxiliary heads
+_torchvision('inception_v3', n=8, size=96, init_weights=False, aux_logits=False)
+_torchvision('vit_b_16', n=8, image_size=64)
+_torchvision('swin_t')
+
+
+@network('torchvision/deeplabv3')
+def _():
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+    return deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5), images(8)
+
+
+# --- timm
+
+def _timm(name: str, n: int = 16, size: int = 64, statuses: dict[str, str] | None = None, **kwargs):
+    def make():
+        import timm
+        return timm.create_model(name, pretrained=False, num_classes=10, **kwargs), images(n, size)
+    NETWORKS[f'timm/{name}'] = Network(f'timm/{name}', make, statuses or {})
+
+
+for _name in ['resnet50', 'efficientnet_lite0', 'tf_efficientnet_b0', 'nfnet_l0', 'dm_nfnet_f0', 'regnetz_b16', 'repvgg_a0', 'ghostnet_100', 'convmixer_768_32', 'xception41']:
+    _timm(_name, n=8 if 'nfnet' in _name or 'xception' in _name or 'convmixer' in _name else 16)
+for _name in ['vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'cait_xxs24_224', 'beit_base_patch16_224', 'swinv2_cr_tiny_224', 'mixer_s16_224', 'gmlp_s16_224',
+              'levit_128s', 'coat_lite_tiny', 'poolformer_s12', 'convnextv2_atto', 'resmlp_12_224']:
+    _timm(_name, n=8, **({} if _name in ('poolformer_s12', 'convnextv2_atto', 'coat_lite_tiny') else dict(img_size=64)) if not _name.startswith(('swin', 'levit')) else {}, size=64 if not _name.startswith(('swin', 'levit')) else 224)
+_timm('resnetv2_50x1_bit', n=8)
+
+
+# --- fastai
+
+@network('fastai/xresnet18_sa', **{'4__0__convpath__2__query__0': 'unresponsive'})
+def _():
+    from fastai.vision.models.xresnet import xresnet18
+    return xresnet18(n_out=10, sa=True), images(16)
+
+
+@network('fastai/xresnext18')
+def _():
+    from fastai.vision.models.xresnet import xresnext18
+    from fastai.layers import Mish
+    return xresnext18(n_out=10, act_cls=Mish), images(16)
+
+
+@network('fastai/unet')
+def _():
+    from fastai.vision.learner import create_body
+    from fastai.vision.models.unet import DynamicUnet
+    from torchvision.models import resnet18
+    return DynamicUnet(create_body(resnet18(weights=None), pretrained=False), 5, (64, 64), self_attention=True), images(8)
+
+
+@network('fastai/tabular')
+def _():
+    from fastai.tabular.model import TabularModel
+    model = TabularModel([(10, 6), (5, 3)], 4, 3, [200, 100], ps=0.1, embed_p=0.1)
+    return model, (torch.stack([torch.randint(0, 10, (64,)), torch.randint(0, 5, (64,))], 1), torch.randn(64, 4))
+
+
+@network('fastai/awd_lstm_lm')
+def _():
+    from fastai.text.models.awdlstm import AWD_LSTM
+    from fastai.text.models.core import get_language_model
+    model = get_language_model(AWD_LSTM, 200, config=dict(emb_sz=40, n_hid=60, n_layers=2, pad_token=1, bidir=False, output_p=0.1, hidden_p=0.2,
+                               input_p=0.2, embed_p=0.1, weight_p=0.2, tie_weights=True, out_bias=True))
+    return model, torch.randint(2, 200, (16, 30))
+
+
+@network('fastai/awd_lstm_classifier')
+def _():
+    from fastai.text.models.awdlstm import AWD_LSTM
+    from fastai.text.models.core import get_text_classifier
+    model = get_text_classifier(AWD_LSTM, 200, 3, config=dict(emb_sz=40, n_hid=60, n_layers=2, pad_token=1, bidir=False, output_p=0.1, hidden_p=0.2,
+                                input_p=0.2, embed_p=0.1, weight_p=0.2))
+    return model, torch.randint(2, 200, (32, 30))
+
+
+# --- hard cases, made by hand
+
+class Mod(nn.Module):
+    "A module whose children are keyword arguments and whose forward is a function of it and its inputs."
+    def __init__(self, forward: Callable, **children):
+        super().__init__()
+        self.f = forward
+        for k, m in children.items(): setattr(self, k, m)
+    def forward(self, *args, **kwargs): return self.f(self, *args, **kwargs)
+
+
+def cnn(*widths: int, act=nn.ReLU, conv=nn.Conv2d, **kwargs):
+    "Convolutions 3x3 of these widths, each but the last with an activation."
+    layers = []
+    for i, o in zip(widths, widths[1:]): layers += [conv(i, o, 3, padding=1, **kwargs), act()]
+    return nn.Sequential(*layers[:-1])
+
+
+@network('hand/plain_100_layers')
+def _(): return cnn(3, *[16]*100), images(8, 16)
+
+
+@network('hand/inplace_activations')
+def _(): return cnn(3, 16, 32, 32, act=lambda: nn.ReLU(inplace=True)), images(16, 16)
+
+
+@network('hand/registered_in_reverse')
+def _():
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 32, 3)]
+    def forward(self, x):
+        for l in reversed(self.layers): x = F.relu(l(x))
+        return self.head(x.mean((2, 3)))
+    return Mod(forward, head=nn.Linear(32, 10), layers=nn.ModuleList(layers[::-1])), images(16, 16)
+
+
+@network('hand/conv1d_transposed_3d')
+def _():
+    def forward(self, x, v, s): return self.t(F.relu(self.c(s))), self.t3(self.c3(v)), self.t2(self.c2(x))
+    return Mod(forward, c=nn.Conv1d(4, 8, 5, stride=2), t=nn.ConvTranspose1d(8, 6, 5, stride=2, groups=2), c3=nn.Conv3d(2, 4, 3, bias=False),
+               t3=nn.ConvTranspose3d(4, 3, 3), c2=nn.Conv2d(3, 8, 3, dilation=2, padding_mode='reflect', padding=2),
+               t2=nn.ConvTranspose2d(8, 4, 2, stride=2)), (images(8, 16), torch.randn(8, 2, 8, 8, 8), torch.randn(8, 4, 33))
+
+
+@network('hand/grouped_depthwise')
+def _():
+    return nn.Sequential(nn.Conv2d(4, 32, 3, groups=2), nn.ReLU6(), nn.Conv2d(32, 32, 3, groups=32), nn.SiLU(), nn.Conv2d(32, 64, 1), nn.PReLU(),
+                         nn.Conv2d(64, 128, 3, groups=64, dilation=2)), images(16, 24, 4)
+
+
+@network('hand/shared_head_on_a_pyramid')  # one conv, called at three scales
+def _():
+    def forward(self, x):
+        p = [F.relu(self.stem(x))]
+        for d in self.down: p.append(F.relu(d(p[-1])))
+        return [self.head(o) for o in p]
+    return Mod(forward, stem=nn.Conv2d(3, 16, 3), down=nn.ModuleList([nn.Conv2d(16, 16, 3, stride=2) for _ in range(2)]), head=nn.Conv2d(16, 4, 3)), images(16, 32)
+
+
+@network('hand/recurrent_conv')  # one conv, called four times on its own output
+def _():
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        for _ in range(4): x = F.relu(self.cell(x))
+        return self.head(x.mean((2, 3)))
+    return Mod(forward, stem=nn.Conv2d(3, 16, 3), cell=nn.Conv2d(16, 16, 3, padding=1), head=nn.Linear(16, 10)), images(16, 16)
+
+
+@network('hand/recurrent_residual')  # one block, called six times, each time added to its input
+def _():
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(6): x = x + self.out(F.gelu(self.into(x)))
+        return self.head(x)
+    return Mod(forward, stem=nn.Linear(8, 32), into=nn.Linear(32, 64), out=nn.Linear(64, 32), head=nn.Linear(32, 4)), torch.randn(128, 8)
+
+
+@network('hand/elman_rnn')  # two linear layers, called at each of twelve steps
+def _():
+    def forward(self, x):
+        h = x.new_zeros(len(x), 32)
+        for t in range(x.shape[1]): h = torch.tanh(self.i(x[:, t]) + self.h(h))
+        return self.o(h)
+    return Mod(forward, i=nn.Linear(8, 32), h=nn.Linear(32, 32), o=nn.Linear(32, 4)), torch.randn(64, 12, 8)
+
+
+@network('hand/tied_embedding', decoder='tied')
+def _():
+    def forward(self, x): return self.decoder(torch.tanh(self.mix(self.emb(x))))
+    m = Mod(forward, emb=nn.Embedding(50, 16), mix=nn.Linear(16, 16), decoder=nn.Linear(16, 50, bias=False))
+    m.decoder.weight = m.emb.weight
+    return m, torch.randint(0, 50, (32, 7))
+
+
+@network('hand/shared_weight', b='tied')  # two layers hold one parameter; the one that runs first has it
+def _():
+    m = Mod(lambda self, x: self.b(3*F.relu(self.a(x))), a=nn.Linear(16, 16), b=nn.Linear(16, 16))
+    m.b.weight = m.a.weight
+    return m, torch.randn(64, 16)
+
+
+@network('hand/weight_norm')
+def _():
+    old,new = torch.nn.utils.weight_norm,torch.nn.utils.parametrizations.weight_norm
+    return nn.Sequential(old(nn.Conv2d(3, 16, 3)), nn.ReLU(), new(nn.Conv2d(16, 16, 3)), nn.ReLU(), old(nn.ConvTranspose2d(16, 8, 3), dim=None), nn.Flatten(),
+                         new(nn.Linear(8*14*14, 10))), images(16, 16)
+
+
+@network('hand/parametrized', **{'0': 'unresponsive', '2': 'unresponsive', '6': 'unresponsive'})
+def _():
+    class Symmetric(nn.Module):
+        def forward(self, w): return w.triu() + w.triu(1).transpose(-1, -2)
+    scaled = nn.Linear(16, 16)
+    torch.nn.utils.parametrize.register_parametrization(scaled, 'weight', Symmetric())
+    return nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(8, 16)), nn.Tanh(), torch.nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Tanh(),
+                         scaled, nn.Tanh(), torch.nn.utils.parametrizations.orthogonal(nn.Linear(16, 16))), torch.randn(64, 8)
+
+
+@network('hand/pruned')
+def _():
+    from torch.nn.utils.prune import l1_unstructured
+    m = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    for l in (m[0], m[2]): l1_unstructured(l, 'weight', amount=0.5)
+    return m, torch.randn(64, 16)
+
+
+@network('hand/standardized', **{'0': 'unresponsive', '2': 'unresponsive'})
+def _():
+    from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            w = (self.weight - self.weight.mean((1, 2, 3), keepdim=True))/self.weight.std((1, 2, 3), keepdim=True)
+            return self._conv_forward(x, w, self.bias)
+    return nn.Sequential(StdConv2d(3, 16, 3), nn.ReLU(), Standardized(16, 16, 3), nn.ReLU(), ScaledStdConv2d(16, 16, 3), nn.ReLU(), Conv2dSame(16, 8, 3, stride=2)), images(16, 24)
+
+
+@network('hand/attention')
+def _():
+    def forward(self, x):
+        x = self.proj(x)
+        x = x + self.attn(x, x, x)[0]
+        return self.head(self.enc(x))
+    return Mod(forward, proj=nn.Linear(8, 32), attn=nn.MultiheadAttention(32, 4, dropout=0.1, batch_first=True),
+               enc=nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2), head=nn.Linear(32, 4)), torch.randn(16, 20, 8)
+
+
+@network('hand/bilinear')
+def _(): return Mod(lambda self, x, y: self.out(F.relu(self.both(x, y))), both=nn.Bilinear(8, 6, 16), out=nn.Linear(16, 4)), (torch.randn(64, 8), torch.randn(64, 6))
+
+
+@network('hand/lazy')
+def _(): return nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)), images(16, 12)
+
+
+@network('hand/fed_zeros', after='constant')  # by a zero-initialized norm
+def _():
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.after(F.relu(self.norm(x)))).mean((2, 3)))
+    m = Mod(forward, stem=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8), after=nn.Conv2d(8, 8, 1), head=nn.Linear(8, 4))
+    nn.init.zeros_(m.norm.weight)
+    return m, images(16, 12)
+
+
+@network('hand/zero_initialized', **{'2': 'constant'})
+def _():
+    m = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    for p in m[2].parameters(): nn.init.zeros_(p)
+    return m, torch.randn(64, 8)
+
+
+@network('hand/unbatched')
+def _(): return cnn(3, 8, 8), torch.randn(3, 24, 24)
+
+
+@network('hand/half')
+def _(): return cnn(3, 16, 16, 8).half(), images(16, 16).half()
+
+
+@network('hand/bfloat16')
+def _(): return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).bfloat16(), torch.randn(256, 16).bfloat16()
+
+
+@network('hand/channels_last')
+def _(): return cnn(3, 16, 32, 32).to(memory_format=torch.channels_last), images(16, 16).to(memory_format=torch.channels_last)
+
+
+@network('hand/keywords_and_dicts')
+def _():
+    def forward(self, x, *, mask): return {'logits': self.b(F.relu(self.a(x))*mask), 'aux': self.c(x)}
+    return Mod(forward, a=nn.Linear(8, 16), b=nn.Linear(16, 4), c=nn.Linear(8, 2)), dict(x=torch.randn(64, 8), mask=(torch.rand(64, 1) > 0.3).float())
+
+
+@network('hand/control_flow', never='not called')  # which branch runs depends on what the layer before put out
+def _():
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x) if x.std() > 0.5 else self.never(x)
+    return Mod(forward, a=nn.Linear(8, 16), b=nn.Linear(16, 4), never=nn.Linear(16, 4)), 3*torch.randn(64, 8)
+
+
+@network('hand/checkpointed')
+def _():
+    def forward(self, x):
+        x = checkpoint(self.a, x, use_reentrant=False)
+        return self.head(checkpoint(self.b, x, use_reentrant=True).mean((2, 3)))
+    return Mod(forward, a=cnn(3, 16, 16), b=cnn(16, 16, 16), head=nn.Linear(16, 4)), images(16, 16)
+
+
+@network('hand/compiled')
+def _(): return torch.compile(cnn(3, 16, 16, 8)), images(16, 16)
+
+
+@network('hand/frozen', **{'0': 'frozen'})
+def _():
+    m = cnn(3, 16, 16, 8)
+    for p in m[0].parameters(): p.requires_grad_(False)
+    return m, images(16, 16)
+
+
+@network('hand/data_off_zero')  # mean many times its std: the moments must not lose digits
+def _(): return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), 1000 + torch.randn(256, 32)
