@@ -1,7 +1,8 @@
 "Layer-sequential unit-variance initialization for fastai and PyTorch."
 __version__ = '0.1.0'
 
+from .callback import LSUVCallback
 from .lsuv import layer_stats, lsuv_init
 from .report import LSUVReport
 
-__all__ = ['lsuv_init', 'layer_stats', 'LSUVReport']
+__all__ = ['LSUVCallback', 'lsuv_init', 'layer_stats', 'LSUVReport']

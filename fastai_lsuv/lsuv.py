@@ -55,29 +55,42 @@ def lsuv_init(
 
     Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything at all is raised
     later, weights and all else are put back."""
-    _check(order, preinit, target_mean, target_std, tol, batch_tol, max_iter)
-    model = _plain(model)
+    options = {k: v for k, v in locals().items() if k not in ('model', 'batches')}
+    report = initialize(model, batches, **options)
+    if report.left_alone: warnings.warn(report.left_alone, stacklevel=2)
+    return report
+
+
+def initialize(
+    model: nn.Module, batches: Any, *, order, modules, preinit, target_mean, target_std, tol, batch_tol, max_iter, per_channel, baseline,
+    n_inp=None, get_input=None,  # All as in `lsuv_init`
+    keep: Callable[[Unit], bool] | None = None,  # Which units hold weights that mean something, to be left alone as frozen ones are
+    watch: Callable[[int, int], object] | None = None  # Told during a pass how many units of how many have been called
+) -> LSUVReport:
+    "`lsuv_init` without its defaults, and without its warning."
+    check_options(order, preinit, target_mean, target_std, tol, batch_tol, max_iter)
+    model = plain(model)
     with _Feed(model, batches, n_inp, get_input) as feed:
         units = find_units(model, modules)
         targets = {u: target_std(u.name, u.module) if callable(target_std) else target_std for u in units}
         for u, v in targets.items(): _check_number(f'target_std({u.name!r}, ...)', v, 'a positive number', above=0)
-        passes = Passes(model, units, Goal(parse_order(order), target_mean, targets, tol, batch_tol, per_channel))
+        for u in units:
+            if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
+        goal = Goal(parse_order(order), target_mean, targets, tol, batch_tol, per_channel)
         before: dict[Unit, tuple[float, float]] = {}
         with preserved(model, units) as put_back:
             train_without_dropout(model)
             if baseline:
-                passes(feed.batch, correct=False)
-                before = {u: _pair(s.pooled, per_channel) for u, s in passes.seen.items()}
-                passes.seen = {}
+                as_it_was = Passes(model, units, goal, watch)
+                as_it_was(feed.batch, correct=False)
+                before = {u: _pair(s.pooled, per_channel) for u, s in as_it_was.found.items()}
             preinitialize(units, preinit)
-            n = 0
+            passes = Passes(model, units, goal, watch)
             for n in range(1, max_iter + 2):
                 if n > 1: feed.next()
                 if not passes(feed.batch, correct=n <= max_iter): break
-            put_back([u for u in units if u not in passes.seen])  # a layer that never ran keeps the weights it had
-        report = LSUVReport(_rows(passes, before), order=order, n_passes=n + baseline)
-    if report.left_alone: warnings.warn(report.left_alone, stacklevel=2)
-    return report
+            put_back([u for u in units if u not in passes.found])  # a layer that never ran keeps the weights it had
+        return LSUVReport(_rows(passes, before), order=order, n_passes=n + baseline)
 
 
 def layer_stats(
@@ -89,7 +102,7 @@ def layer_stats(
     get_input: Callable[[Any], Any] | None = None  # As in `lsuv_init`
 ) -> LSUVReport:  # A row a layer, in order of execution; `status` says whether std is within 0.1 of 1
     "The (mean, std) table of `model` as it is, in the mode it trains in: one forward pass, nothing changed."
-    model = _plain(model)
+    model = plain(model)
     with _Feed(model, batch, n_inp, get_input) as feed:
         units = find_units(model, modules)
         for u in units: u.left_alone = ''
@@ -106,7 +119,7 @@ def _check_number(name: str, v: Any, takes: str, above: float | None = None) -> 
     if not math.isfinite(v) or (above is not None and v <= above): raise ValueError(f"{name}: got {v!r}; it takes {takes}")
 
 
-def _check(order, preinit, target_mean, target_std, tol, batch_tol, max_iter) -> None:
+def check_options(order, preinit, target_mean, target_std, tol, batch_tol, max_iter) -> None:
     "Raise `TypeError` or `ValueError` for the first argument that is not what `lsuv_init` takes."
     parse_order(order)
     if preinit not in ('orthogonal', None) and not callable(preinit):
@@ -120,12 +133,12 @@ def _check(order, preinit, target_mean, target_std, tol, batch_tol, max_iter) ->
         raise (ValueError if isinstance(max_iter, (int, float)) else TypeError)(f"max_iter: got {max_iter!r}; it takes a positive whole number")
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module) -> nn.Module:
     "The module that `model` wraps, if it is compiled or parallel; raises if it is none that can be initialized."
     if not isinstance(model, nn.Module): raise TypeError(f"model: got {type(model).__name__}; it takes a torch.nn.Module")
     wrapped = getattr(model, '_orig_mod', None)  # torch.compile
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): wrapped = model.module
-    if isinstance(wrapped, nn.Module): return _plain(wrapped)
+    if isinstance(wrapped, nn.Module): return plain(wrapped)
     on_meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"model: {on_meta!r} is on the meta device and holds no numbers; give the model memory first, with `model.to_empty(device=...)`")
@@ -196,8 +209,8 @@ def _rows(passes: Passes, before: dict[Unit, tuple[float, float]]) -> list[Row]:
     "A row a unit: those that ran in order of execution, then the others."
     nan = float('nan')
     rows = []
-    for u in [*passes.seen, *(u for u in passes.units if u not in passes.seen)]:
-        seen = passes.seen.get(u)
+    for u in [*passes.found, *(u for u in passes.units if u not in passes.found)]:
+        seen = passes.found.get(u)
         mean,std = _pair(seen.pooled, passes.goal.per_channel) if seen else (nan, nan)
         rows.append(Row(u.name, u.kind, seen.shape if seen else (), mean, std, *before.get(u, (None, None)), passes.corrected[u], _status(passes, u)))
     return rows
@@ -211,7 +224,7 @@ def _pair(m: Moments, per_channel: bool) -> tuple[float, float]:
 
 def _status(passes: Passes, u: Unit) -> str:
     "What became of `u`, as the last pass found it."
-    seen,goal,reason = passes.seen.get(u),passes.goal,passes.reason.get(u)
+    seen,goal,reason = passes.found.get(u),passes.goal,passes.reason.get(u)
     if seen is None: return 'not called'
     m = seen.pooled
     if not m.finite(): return 'non-finite'

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,19 @@ class Seen:
 class Passes:
     """Passes through one model towards one goal.
 
-    Call it with a mini-batch. Afterwards `seen` holds what each unit that ran put out, in order of execution, `corrected`
+    Call it with a mini-batch. Afterwards `seen` holds what each unit that ran put out, in order of execution, `found` the same
+    of the last pass in which it ran, `corrected`
     how many passes changed it, `reason` why it could not be brought to its goal, and `immovable` those whose bias does not
     move the mean."""
-    def __init__(self, model: nn.Module, units: list[Unit], goal: Goal):
-        self.model,self.units,self.goal = model,units,goal
+    def __init__(self,
+        model: nn.Module,
+        units: list[Unit],
+        goal: Goal,
+        watch: Callable[[int, int], object] | None = None  # Told during a pass how many units of how many have been called
+    ):
+        self.model,self.units,self.goal,self.watch = model,units,goal,watch
         self.seen: dict[Unit, Seen] = {}
+        self.found: dict[Unit, Seen] = {}
         self.corrected: dict[Unit, int] = {u: 0 for u in units}
         self.reason: dict[Unit, str] = {}
         self.immovable: set[Unit] = set()
@@ -79,6 +86,7 @@ class Passes:
         if correct:
             for u in self.last.keys() & self.seen.keys():
                 if len(self.seen[u].moments) > 1: self._nudge(u)
+        self.found.update(self.seen)
         for u in self._changed: self.corrected[u] += 1
         return bool(self._changed)
 
@@ -107,6 +115,7 @@ class Passes:
         if self._rerunning or x is None or x.numel() == 0: return None
         seen = self.seen.setdefault(u, Seen())
         seen.shape = tuple(x.shape)
+        if self.watch is not None: self.watch(len(self.seen), len(self.units))
         seen.moments.append(self.measure(u, x))
         if not self._correct or not self._may_change(u): return None
         # Called several times, it is brought to its goal call by call in the first pass, and between the passes after that.

@@ -132,7 +132,7 @@ class _Hook:
 class _Taps:
     "Hooks on layers, which measure what passes between `start` and `stop`, and the gradients of that."
     def __init__(self, modules: list[nn.Module], meter: _Meter, grads: bool):
-        self.modules,self.meter,self.grads,self.handles,self.loss_scale = modules,meter,grads,[],None
+        self.modules,self.meter,self.grads,self.handles,self.loss_scale,self.checked = modules,meter,grads,[],None,False
         self.start(False)
 
     def attach(self): self.handles = [m.register_forward_hook(_Hook(self, i)) for i,m in enumerate(self.modules)]
@@ -141,7 +141,7 @@ class _Taps:
         self.handles,self.recording = [],False
 
     def start(self, recording: bool = True):
-        self.recording = recording
+        self.recording = self.due = recording
         self.calls,self.grad_calls = [[[] for _ in self.modules] for _ in range(2)]
 
     def stop(self): self.recording = False
@@ -290,6 +290,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
         "Keep what was measured, on the device."
         if self._phase is None: return
         row = self._taps.row()
+        self._see_through_compile()
         if row is None: return
         if self._phase == 'train': self._add(row)
         else:
@@ -335,6 +336,15 @@ class ActivationStatsRecorder(StatsPlots, Callback):
         self._base,self._names,self._fresh,self._on = tuple(self._done),names,False,True
         self._limits = limits_of(model, [m for _,m in named])
         self._taps = _Taps([m for _,m in named], _Meter(self._near_zero, self._bins), self._grads)
+
+    def _see_through_compile(self):
+        "Code compiled before there were hooks does not call them: have it compiled again, once a fit."
+        if not self._taps.due or self._taps.checked: return
+        self._taps.checked = True
+        if all(self._taps.calls) or not _is_compiled(self.model): return
+        warnings.warn("ActivationStatsRecorder: the model was compiled before there was anything to record, so some layers were missed; "
+                      "it is compiled again for the next step")
+        torch.compiler.reset()
 
     def _enter(self, phase: str):
         self._detach()
@@ -461,6 +471,10 @@ def _select(model: nn.Module, modules: Any) -> list[tuple[str, nn.Module]]:
         if not recurrent: raise
         layers = set()
     return [(n, m) for n,m in model.named_modules() if id(m) in layers | recurrent]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None for m in model.modules())
 
 
 def _parse_hist(hist: Any) -> tuple[int, float, float] | None:

@@ -15,7 +15,7 @@ STATUSES = {
     'ok': "the last pass measured std at its target",
     'no bias': "std at its target; no bias that could move the mean there",
     'off': "still out of tolerance after the last pass",
-    'frozen': "its weight does not require grad",
+    'frozen': "its weight does not require grad, or holds what was loaded or trained before",
     'tied': "its weight is another module's too",
     'constant': "its output does not vary: it is fed zeros, or zero-initialized",
     'unresponsive': "scaling its weight does not scale its output; the weight was put back",

@@ -1,6 +1,7 @@
 "What a pass must leave as it was: modes, buffers, hidden state; and, when it fails, the weights."
 from __future__ import annotations
 
+import random
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, Callable, Iterable, Iterator
@@ -12,44 +13,60 @@ from torch.nn.parameter import is_lazy
 
 from .units import Unit
 
-__all__ = ['preserved', 'train_without_dropout']
+__all__ = ['Snapshot', 'preserved', 'train_without_dropout']
 
 _HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # attached and removed by whoever registers them
+_MOST_ITEMS = 1000  # A longer list holds data, not state
 
 
 class _Contents:
-    "What one value held, and how to make it hold that again: tensors and collections are copied, all else is taken as immutable."
+    "What one value held, and how to make it hold that again: tensors, collections and generators; all else is taken as immutable."
     def __init__(self,
         value: Any,
-        weights: set[int]  # Addresses of the parameters' memory: an attribute that is a view of a parameter is no state of its own
+        but: set[int],  # Addresses of memory that is to keep what is written to it: an attribute may be a view of a parameter
+        tensors: bool,  # Whether to copy tensors, or take them as immutable too
+        depth: int = 3  # How far down nested collections are followed
     ):
-        self.value,self.copy = value,None
+        self.value,self.copy,self.inner = value,None,[]
         if isinstance(value, Tensor):
-            if not is_lazy(value) and value.untyped_storage().data_ptr() not in weights: self.copy = value.detach().clone()
+            if tensors and not is_lazy(value) and value.untyped_storage().data_ptr() not in but: self.copy = value.detach().clone()
+        elif isinstance(value, (torch.Generator, random.Random)): self.copy = _state_of(value)
         elif isinstance(value, (list, dict, set)): self.copy = copy(value)
+        if depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
+            inner = (_Contents(v, but, tensors, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
+            self.inner = [c for c in inner if c.copy is not None or c.inner]
 
     def restore(self) -> Any:
         v = self.value
-        if self.copy is None: return v
-        if isinstance(v, Tensor): v.detach().copy_(self.copy)
-        elif isinstance(v, list): v[:] = self.copy
-        else: v.clear(); v.update(self.copy)
+        if self.copy is not None:
+            if isinstance(v, Tensor): v.detach().copy_(self.copy)
+            elif isinstance(v, torch.Generator): v.set_state(self.copy)
+            elif isinstance(v, random.Random): v.setstate(self.copy)
+            elif isinstance(v, list): v[:] = self.copy
+            else: v.clear(); v.update(self.copy)
+        for c in self.inner: c.restore()
         return v
 
 
-class _Snapshot:
-    "Attributes of the modules of a model, with the contents of their buffers and collections."
-    def __init__(self, model: nn.Module):
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters() if not is_lazy(p)} - {0}
-        self.of = [(m, {k: _Contents(v, weights) for k, v in vars(m).items() if k not in _HOOKS},
-                    {k: _Contents(b, weights) for k, b in m._buffers.items()}) for m in model.modules()]
+def _state_of(generator: torch.Generator | random.Random) -> Any:
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+
+
+class Snapshot:
+    "The attributes of some objects, with what their collections and generators held, and (of modules, say) their tensors."
+    def __init__(self,
+        objects: Iterable[Any],
+        but: set[int] = frozenset(),  # Addresses of memory that is to keep what is written to it
+        tensors: bool = True  # Whether to copy tensors, or only to remember which they were
+    ):
+        self.of = [(o, {k: _Contents(v, but, tensors) for k, v in vars(o).items() if k not in _HOOKS}) for o in objects]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for m, attrs, buffers in self.of:
-            for k in [k for k in vars(m) if k not in attrs and k not in _HOOKS]: del vars(m)[k]
-            for k, c in attrs.items(): vars(m)[k] = c.restore()
-            for c in buffers.values(): c.restore()
+        for o, attrs in self.of:
+            now = vars(o)
+            for k in [k for k in now if k not in attrs and k not in _HOOKS]: del now[k]
+            for k, c in attrs.items(): now[k] = c.restore()
 
 
 class _Weights:
@@ -74,7 +91,8 @@ def preserved(
     """Leave everything but the units' weights and biases as it was: module modes, buffers, hidden state and other attributes.
 
     If anything is raised inside, Ctrl-C included, the weights and biases are put back too."""
-    snapshot,weights = _Snapshot(model),_Weights(units)
+    params = {p.untyped_storage().data_ptr() for p in model.parameters() if not is_lazy(p)} - {0}
+    snapshot,weights = Snapshot(model.modules(), but=params),_Weights(units)
     try: yield weights.put_back
     except BaseException:
         snapshot.restore()
