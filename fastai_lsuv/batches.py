@@ -2,104 +2,199 @@
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from copy import copy
-from itertools import islice
-from typing import Any, Callable, Iterator
+from functools import partial
+from itertools import count, islice
+from threading import Thread
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, DataLoader,
                            GatherPredsCallback, L, Learner)
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import HookCallback
 from fastai.callback.schedule import ParamScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .state import Snapshot
+from .state import Snapshot, memory
 
-__all__ = ['no_trace', 'model_inputs', 'as_it_trains']
+__all__ = ['no_trace', 'model_inputs']
 
-# Their `before_batch` does something other than changing the input: schedules the optimizer, enters autocast, attaches hooks, gathers.
-_NOT_FED_BY = (ParamScheduler, MixedPrecision, HookCallback, GatherPredsCallback)
+# Their `before_batch` does something other than changing the input: schedules the optimizer, attaches hooks, gathers.
+_NOT_FED_BY = (ParamScheduler, HookCallback, GatherPredsCallback)
 _STOPS = (CancelTrainException, CancelEpochException, CancelFitException)
+
+# What `_reachable` does not look into: it holds data or code, lives elsewhere, or is put back by others.
+_OPAQUE = (str, bytes, int, float, type, ModuleType, FunctionType, Thread, Tensor, np.ndarray, nn.Module, Learner, Callback)
+_OTHERS = ('pandas', 'numpy', 'PIL', 'pathlib', 'multiprocessing', 'logging')
+_MOST_ITEMS,_MOST_OBJECTS = 1000,2000
 
 
 @contextmanager
 def no_trace(learn: Learner) -> Iterator[None]:
-    """Leave no trace of what is done inside, however it ends: the generators of random, numpy, torch and the DataLoader, and the
-    attributes of the Learner, its callbacks, optimizer and DataLoader are put back. (The model's are `lsuv_init`'s to keep.)"""
-    dl = learn.dls.train
-    inner = [getattr(dl, n, None) for n in ('dl', 'fake_l', 'sampler', 'batch_sampler')]  # `dl`: of a DistributedDL
-    inner += [getattr(getattr(dl, 'batch_sampler', None), 'sampler', None), getattr(inner[0], 'fake_l', None)]
-    tfms = [t for n in ('after_item', 'before_batch', 'after_batch') for t in getattr(getattr(dl, n, None), 'fs', [])]
-    objects = [learn, *learn.cbs, learn.opt, dl, *inner, *tfms]
-    objects = [o for o in objects if hasattr(o, '__dict__')]
-    # collections that are objects: fastcore's lists, the shuffled view of its texts that a language model's DataLoader keeps
-    objects += [v for o in objects for v in vars(o).values() if type(v) is L or type(v).__name__ == 'ReindexCollection']
-    attributes = Snapshot({id(o): o for o in objects}.values(), tensors=False)
-    python,numpy,torch_cpu = random.getstate(),np.random.get_state(),torch.get_rng_state()
+    """Leave no trace of what is done inside, however it ends.
+
+    Put back are the generators of random, numpy and torch; autocast; the attributes of the Learner, its callbacks and optimizer,
+    of the training DataLoader and what it is made of (samplers, transforms, dataset), and of those whose hooks are on the model;
+    and these hooks. The model's own attributes are `lsuv_init`'s to keep."""
+    feeders = [cb for cb in learn.cbs if _feeds(cb)]
+    objects = [learn, *learn.cbs, learn.opt, *_reachable([learn.dls.train]), *_reachable(v for cb in feeders for v in vars(cb).values()), *_hooked_by(learn.model)]
+    objects = {id(o): o for o in objects if hasattr(o, '__dict__')}
+    objects |= {id(v): v for o in objects.values() for v in vars(o).values() if type(v) is L or isinstance(v, torch.autocast)}
+    attributes = Snapshot(objects.values(), tensors=False)
+    # a callback may count, or average, in a tensor of its own
+    tensors = Snapshot(feeders, but={memory(p) for p in learn.model.parameters()} - {0})
+    hooks = [(d, copy(d)) for m in learn.model.modules() for k, d in vars(m).items() if 'hook' in k and isinstance(d, dict)]
+    autocast,python,numpy,torch_cpu = _Autocast(),random.getstate(),np.random.get_state(),torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try: yield
     finally:
-        attributes.restore()
+        tensors.restore(); attributes.restore(); autocast.restore()
+        for d, was in hooks:  # a callback may attach some in `before_train`
+            if d != was: d.clear(); d.update(was)
         random.setstate(python); np.random.set_state(numpy); torch.set_rng_state(torch_cpu)
         if cuda is not None: torch.cuda.set_rng_state_all(cuda)
         if mps is not None: torch.mps.set_rng_state(mps)
 
 
+def _reachable(roots: Iterable[Any]) -> list[Any]:
+    "Objects with attributes that `roots` lead to, through attributes, short collections, partials and bound methods."
+    seen,found,todo = set(),[],list(roots)
+    while todo and len(found) < _MOST_OBJECTS:
+        o = todo.pop()
+        if o is None or isinstance(o, _OPAQUE) or id(o) in seen or type(o).__module__.split('.')[0] in _OTHERS: continue
+        seen.add(id(o))
+        if isinstance(o, (list, tuple, set, dict)):
+            if len(o) <= _MOST_ITEMS: todo += o.values() if isinstance(o, dict) else o
+        elif isinstance(o, MethodType): todo.append(o.__self__)
+        elif isinstance(o, partial): todo += [o.func, o.args, o.keywords]
+        elif hasattr(o, '__dict__'):
+            found.append(o)
+            todo += vars(o).values()
+    return found
+
+
+def _hooked_by(model: nn.Module) -> list[Any]:
+    "Those whose methods are hooks of the model: a fastai `Hook` keeps there what it saw last."
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return [o for h in hooks if (o := getattr(h, '__self__', None)) is not None and not isinstance(o, _OPAQUE)]
+
+
+class _Autocast:
+    "Automatic mixed precision as it is now; a callback may enter it before a batch, and leave it after."
+    _devices = ('cpu', 'cuda')
+    def __init__(self):
+        self.of = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in self._devices]
+        self.cache,self.depth = torch.is_autocast_cache_enabled(),self._depth()
+
+    @staticmethod
+    def _depth() -> int:
+        torch.autocast_increment_nesting()
+        return torch.autocast_decrement_nesting()
+
+    def restore(self) -> None:
+        for d, on, dtype in self.of:
+            torch.set_autocast_enabled(d, on)
+            torch.set_autocast_dtype(d, dtype)
+        torch.set_autocast_cache_enabled(self.cache)
+        while self._depth() > self.depth: torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()  # weights in half precision, as they were
+
+
 def model_inputs(
     learn: Learner,
     min_samples: int,  # Smaller mini-batches are gathered until they hold as many, where their shapes allow
-    log: Callable[[str], object]  # Told once where they do not
+    log: Callable[[str], object],  # Told once where they do not
+    begun: Iterable[Callback] = ()  # Callbacks whose `before_fit` has run
 ) -> Iterator[tuple]:  # Tuples of the model's inputs
-    """Fresh mini-batches from the training DataLoader, through its transforms and the callbacks that change the input.
+    """Fresh mini-batches from the training DataLoader, epoch after epoch, through its transforms and the callbacks that change the input.
 
-    Call it inside `no_trace`. Under `torch.distributed` each rank takes its own: rank r the batches r, r + world size, ...,
-    where the DataLoader does not divide them already."""
+    Use it inside `no_trace`, and close it there. Under `torch.distributed` each rank takes its own: rank r the batches r, r + world
+    size, ..., where the DataLoader does not divide them already."""
     gathered: list[tuple] = []
-    told = False
-    for xb in _through_callbacks(learn, _stream(learn)):
-        gathered.append(xb)
-        if sum(map(_size, gathered)) < min_samples: continue
-        joined = _joined(gathered)
-        if joined is None and not told:
-            told = True
-            log(f"LSUV: mini-batches of {_size(xb)} are of different shapes and cannot be gathered to min_samples={min_samples}; each is used as it is")
-        yield joined or max(gathered, key=_size)
-        gathered = []
-    if gathered: yield _joined(gathered) or max(gathered, key=_size)
+    gathers,given = True,False
+    with closing(_through_callbacks(learn, begun)) as batches:
+        for xb in batches:
+            gathered.append(xb)
+            if gathers and sum(map(_size, gathered)) < min_samples: continue
+            joined = _joined(gathered) if gathers else xb
+            if joined is None:
+                gathers = False
+                log(f"LSUV: mini-batches of {_size(xb)} are of different shapes and cannot be gathered to min_samples={min_samples}; each is used as it is")
+            yield joined or max(gathered, key=_size)
+            gathered,given = [],True
+    if gathered and not given: yield _joined(gathered) or max(gathered, key=_size)  # a stream that ended, and does not begin again
 
 
 def _stream(learn: Learner) -> Iterator[Any]:
-    "What the training DataLoader yields, loaded in this process: starting workers for a batch or two costs more."
-    dl = learn.dls.train
+    "What the training DataLoader yields, epoch after epoch, loaded in this process: starting workers for a batch or two costs more."
+    dl,alone = learn.dls.train,nullcontext()
+    rank,ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if hasattr(dl, 'world_size'): rank,ranks = 0,1  # a DistributedDL gives this rank its own
     if not isinstance(dl, DataLoader) and isinstance(dl, torch.utils.data.DataLoader):
         dl = copy(dl)
         vars(dl).update(num_workers=0, timeout=0, prefetch_factor=None, persistent_workers=False, _iterator=None)
-        alone = nullcontext()
-    else: alone = dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext()
-    ranks = dist.is_available() and dist.is_initialized() and not hasattr(dl, 'world_size')  # as fastai's DistributedDL has
-    with alone: yield from islice(dl, dist.get_rank(), None, dist.get_world_size()) if ranks else dl
+    elif hasattr(dl, 'fake_l'):
+        alone = dl.fake_l.no_multiproc()
+        if ranks > 1 and getattr(dl, 'indexed', False) and not dl.prebatched and len(dl):
+            # as fastai divides the batches among workers: no item of another rank's is loaded
+            dl.num_workers,dl.offs = min(ranks, len(dl)),rank % len(dl)
+            rank,ranks = 0,1
+    with alone: yield from islice(_epochs(dl), rank, None, ranks)
 
 
-def _through_callbacks(learn: Learner, stream: Iterator[Any]) -> Iterator[tuple]:
-    "The inputs as they are when the model is called, after every `before_batch` that may change them."
-    cbs = [cb for cb in learn.cbs.sorted('order') if _feeds(cb)]
+def _epochs(dl: Iterable[Any]) -> Iterator[Any]:
+    "What `dl` yields, again and again, until it yields nothing."
+    while True:
+        empty = True
+        for b in dl:
+            empty = False
+            yield b
+        if empty: return
+
+
+def _through_callbacks(learn: Learner, begun: Iterable[Callback]) -> Iterator[tuple]:
+    "The inputs as they are when the model is called, after every `before_batch` that may change them, and in the autocast it may enter."
+    cbs,begun = [cb for cb in learn.cbs.sorted('order') if _feeds(cb)],{id(cb) for cb in begun}
     learn.training,learn.epoch,learn.dl = True,0,learn.dls.train
     learn.n_iter = len(learn.dl) if hasattr(learn.dl, '__len__') else None
     learn.train_iter,learn.pct_train = 0,0.
+    skipped = 0
+
+    def call(cb, event):
+        b = {k: vars(learn)[k] for k in ('xb', 'yb') if k in vars(learn)}
+        try: cb(event)
+        except (CancelBatchException, *_STOPS): raise
+        except Exception:
+            # It may lack what its `before_fit` makes: outside a fit, or where that is yet to run.
+            if id(cb) in begun or not hasattr(cb, 'before_fit'): raise
+            begun.add(id(cb))
+            vars(learn).update(b)
+            cb('before_fit'); cb(event)
+
     try:
         for event in ('before_epoch', 'before_train'):
-            for cb in cbs: cb(event)
-        for learn.iter, b in enumerate(stream):
-            learn._split(learn._set_device(b))
-            try:
-                for cb in cbs: cb('before_batch')
-            except CancelBatchException: continue
-            yield tuple(learn.xb)
+            for cb in cbs: call(cb, event)
+        with closing(_stream(learn)) as stream:
+            for i, b in zip(count(), stream):
+                learn.iter = i % learn.n_iter if learn.n_iter else i
+                learn._split(learn._set_device(b))
+                autocast = _Autocast()
+                try:
+                    try:
+                        for cb in cbs: call(cb, 'before_batch')
+                    except CancelBatchException: skipped += 1
+                    else:
+                        xb = tuple(learn.xb)
+                        skipped = 0 if _size(xb) else skipped + 1
+                        if not skipped: yield xb
+                finally: autocast.restore()
+                if skipped > max(learn.n_iter or 0, _MOST_ITEMS): return
     except _STOPS: return
 
 
@@ -108,22 +203,15 @@ def _feeds(cb: Callback) -> bool:
     return hasattr(cb, 'before_batch') and not isinstance(cb, _NOT_FED_BY) and not getattr(cb, 'feeds_nothing', False)
 
 
-def _size(xb: tuple) -> int:
-    "Samples in a mini-batch."
-    return next((len(t) for t in xb if isinstance(t, Tensor) and t.dim()), 1)
+def _size(xb: Any) -> float:
+    "Samples in a mini-batch; infinite if it cannot be told, as of a graph."
+    return next((len(t) for t in tree_leaves(xb) if isinstance(t, Tensor) and t.dim()), float('inf'))
 
 
 def _joined(batches: list[tuple]) -> tuple | None:
     "Mini-batches as one, or `None` if their shapes do not allow it."
     if len(batches) == 1: return batches[0]
-    columns = list(zip(*batches))
-    if not all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == col[0].shape[1:] for col in columns for t in col): return None
-    return tuple(torch.cat(col) for col in columns)
-
-
-def as_it_trains(learn: Learner) -> Any:
-    "The context in which the Learner calls its model: autocast, if it trains in mixed precision."
-    cb = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
-    if cb is None: return nullcontext()
-    # fastai's callback autocasts on CUDA alone.
-    return torch.autocast('cuda', dtype=torch.bfloat16 if cb.amp_mode.value == 'bf16' else torch.float16, enabled=torch.cuda.is_available())
+    leaves,specs = zip(*map(tree_flatten, batches))
+    columns = list(zip(*leaves))
+    alike = all(s == specs[0] for s in specs) and all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == col[0].shape[1:] for col in columns for t in col)
+    return tree_unflatten([torch.cat(col) for col in columns], specs[0]) if alike else None

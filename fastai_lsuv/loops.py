@@ -22,6 +22,8 @@ ORDERS = {
 
 # A step that should scale the output and moves its std by less than this share (in logarithms) was to no effect.
 _MIN_RESPONSE, _TELLING = 0.1, 0.02
+# A weight that is small beside the biases answers little at first and more with each step that makes it larger.
+_STIRS = 1e-3
 # A mean loop that costs more than half of the std is killing activations, not centring them.
 _MIN_STD_KEPT = 0.5
 
@@ -44,6 +46,7 @@ def parse_order(
 class Meter(Protocol):
     "What the loops need of a unit: to measure its output, and to move what it is made of."
     can_shift: bool  # Whether there is a bias to move the mean with
+    affine: bool  # Whether the output is known to be affine in weight and bias, and answers as such
     def stats(self) -> tuple[Tensor, Tensor]: "Mean and std, float64: (1,), or (C,) when each channel is normalized."
     def shift(self, by: Tensor) -> None: "Add `by` to the bias."
     def scale(self, by: Tensor) -> None: "Multiply the weight by `by`."
@@ -79,9 +82,13 @@ def run_loops(
             if not (mean.isfinite().all() and std.isfinite().all()): return 'non-finite'
             asked,got = factor.log(),(std/was).log()
             telling = asked.abs() > _TELLING  # by less, rounding drowns the response
-            if telling.any() and not to_shift.any() and (got/asked)[telling].median() < _MIN_RESPONSE: return 'unresponsive'
+            if meter.affine or to_shift.any() or not telling.any(): continue
+            response,grows = (got/asked)[telling].median(),asked[telling].median() > 0
+            if response < (_STIRS if grows else _MIN_RESPONSE): return 'unresponsive'
         else:
-            if shifts and _off(mean, target_mean, tol).any(): return 'immovable'
+            # The biases of an affine unit may differ by more than the target std, and no scale of its weight changes that.
+            if meter.affine and scales and ((std/target_std).log().abs() > _MIN_RESPONSE)[std > 0].any(): return 'unresponsive'
+            if not meter.affine and shifts and _off(mean, target_mean, tol).any(): return 'immovable'
         if shifts and not scales and (std < _MIN_STD_KEPT*std_at_start).any(): return 'immovable'
     return ''
 
@@ -92,6 +99,7 @@ class AffineMeter:
     With the weight scaled by `a` and the bias at `b`, and equal counts per channel,
     `mean(o) = mean_c(a m_c + b_c)` and `var(o) = mean_c(a**2 v_c) + var_c(a m_c + b_c)`.
     Nothing is touched until the caller applies `weight_scale` and `bias_shift`."""
+    affine = True
     def __init__(self,
         z: Moments,  # Moments of the output without its bias
         bias: Tensor | float,  # (C,) float64, or 0.

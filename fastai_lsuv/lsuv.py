@@ -4,20 +4,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from .loops import parse_order
-from .moments import Moments
+from .moments import Moments, in_step
 from .passes import Goal, Passes, call, varies
 from .preinit import preinitialize
 from .report import LSUVReport, Row
-from .state import preserved, train_without_dropout
+from .state import Snapshot, memory, preserved, train_without_dropout
 from .units import Unit, find_units
 
 __all__ = ['lsuv_init', 'layer_stats']
@@ -32,7 +34,7 @@ def lsuv_init(
     preinit: str | Callable[[nn.Module], object] | None = 'orthogonal',  # Start from orthonormal weights and zero biases, from the weights as they are (`None`), or from what a function of each layer makes
     target_mean: float = 0.,  # Mean that the mean loop aims at
     target_std: float | Callable[[str, nn.Module], float] = 1.,  # Std that the std loop aims at, or a function of a unit's name and module that gives it
-    tol: float = 1e-3,  # How close mean and std must come to their targets within the mini-batch in use
+    tol: float = 1e-3,  # How close mean and std must come to their targets within the mini-batch in use; a share of a target std below 1
     batch_tol: float = 0.1,  # How close std must be on a fresh mini-batch, as a share of the target, for a unit to be done (the paper's Tol_var)
     max_iter: int = 10,  # Most passes, each on a fresh mini-batch, that may correct weights (the paper's T_max)
     per_channel: bool = False,  # Normalize each channel by itself, not the whole output
@@ -78,18 +80,16 @@ def initialize(
             if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
         goal = Goal(parse_order(order), target_mean, targets, tol, batch_tol, per_channel)
         before: dict[Unit, tuple[float, float]] = {}
-        with preserved(model, units) as put_back:
+        with preserved(model, units):
             train_without_dropout(model)
             if baseline:
                 as_it_was = Passes(model, units, goal, watch)
                 as_it_was(feed.batch, correct=False)
                 before = {u: _pair(s.pooled, per_channel) for u, s in as_it_was.found.items()}
-            preinitialize(units, preinit)
-            passes = Passes(model, units, goal, watch)
+            passes = Passes(model, units, goal, watch, partial(preinitialize, preinit=preinit) if preinit is not None else None)
             for n in range(1, max_iter + 2):
                 if n > 1: feed.next()
                 if not passes(feed.batch, correct=n <= max_iter): break
-            put_back([u for u in units if u not in passes.found])  # a layer that never ran keeps the weights it had
         return LSUVReport(_rows(passes, before), order=order, n_passes=n + baseline)
 
 
@@ -158,7 +158,7 @@ class _Feed:
         self.count,self.stream = 0,iter((batches,) if self.one else batches)
 
     def __enter__(self) -> _Feed:
-        try: self._take(next(self.stream))
+        try: in_step(lambda: self._take(next(self.stream)))
         except StopIteration: raise ValueError(f"batches: got {type(self.batches).__name__} that yields nothing; it takes at least one mini-batch") from None
         if any(is_lazy(p) for p in self.model.parameters()): self._materialize()
         return self
@@ -167,6 +167,9 @@ class _Feed:
 
     def next(self) -> None:
         "Move on to a fresh mini-batch; an iterable that can be iterated again is, any other gives its last once more."
+        in_step(self._next)
+
+    def _next(self) -> None:
         b = next(self.stream, None)
         if b is None and not self.one and iter(self.batches) is not self.batches:
             self.stream = iter(self.batches)
@@ -178,6 +181,7 @@ class _Feed:
         if self.get_input is not None: b = self.get_input(b)
         elif not self.one or self.n_inp is not None: b = self._inputs(b)
         if isinstance(b, list): b = tuple(b)
+        elif isinstance(b, Mapping): b = dict(b)
         if not isinstance(b, (Tensor, tuple, Mapping)):
             raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes a tensor, or a tuple or dict of the model's inputs (see `get_input`)")
         device = next((p.device for p in self.model.parameters()), None)
@@ -192,16 +196,19 @@ class _Feed:
         "The model's inputs among what an iterable yields."
         if not isinstance(b, (tuple, list)): return b
         n = self.n_inp
-        if n is None and isinstance(self.batches, DataLoader) or hasattr(self.batches, 'n_inp'):
+        if n is None and (isinstance(self.batches, DataLoader) or hasattr(self.batches, 'n_inp')):
             n = getattr(self.batches, 'n_inp', None) or max(len(b) - 1, 1)  # fastai's rule: the last is the target
         return tuple(b[:n])
 
     @torch.no_grad()
     def _materialize(self) -> None:
-        "Run lazy modules once, in eval mode, so that their weights exist."
+        "Run lazy modules once, in eval mode, so that their weights exist; what the others hold stays as it was."
         modes = [(m, m.training) for m in self.model.modules()]
+        params = {memory(p) for p in self.model.parameters() if not is_lazy(p)} - {0}
+        others = Snapshot([m for m in self.model.modules() if not isinstance(m, LazyModuleMixin)], but=params)
         try: call(self.model.eval(), self.batch)
         finally:
+            others.restore()
             for m, mode in modes: m.training = mode
 
 

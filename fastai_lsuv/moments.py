@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Callable, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'first_tensor']
+__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'first_tensor']
+
+T = TypeVar('T')
 
 # Where mean**2 exceeds this many variances, `E[x**2] - mean**2` loses digits and the moments are taken again, centred.
 _CENTRE_ABOVE = 100.
@@ -113,10 +115,37 @@ def pool(
 
 def all_ranks(m: Moments) -> Moments:
     "Moments pooled over the ranks of `torch.distributed`, bit for bit the same on each; `m` itself where there is one process."
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return m
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    mine = torch.cat([torch.tensor([float(m.count)], dtype=torch.float64), m.mean, m.var]).to(device)
+    if not _ranks(): return m
+    mine = torch.cat([torch.tensor([float(m.count)], dtype=torch.float64), m.mean, m.var]).to(_device())
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     c = len(m.mean)
     return pool([Moments(int(p[0]), p[1:c+1], p[c+1:]) for p in (p.cpu() for p in parts)])
+
+
+def any_rank(yes: bool) -> bool:
+    "Whether it is so on any rank of `torch.distributed`."
+    if not _ranks(): return yes
+    dist.all_reduce(n := torch.tensor(float(yes), device=_device()), op=dist.ReduceOp.MAX)
+    return bool(n)
+
+
+def in_step(f: Callable[[], T]) -> T:
+    "What `f()` gives. If it raises on one rank of `torch.distributed` it does so on all, that none waits for it for ever."
+    error = None
+    try: out = f()
+    except BaseException as e: error = e
+    failed = any_rank(error is not None)
+    if error is not None: raise error
+    if failed: raise RuntimeError("LSUV stopped: another rank failed, see what it says")
+    return out
+
+
+def _ranks() -> bool:
+    "Whether there is more than one process to agree with."
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device() -> str:
+    "Where the tensors have to be that ranks exchange."
+    return 'cuda' if dist.get_backend() == 'nccl' else 'cpu'

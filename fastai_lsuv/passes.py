@@ -61,17 +61,21 @@ class Passes:
         model: nn.Module,
         units: list[Unit],
         goal: Goal,
-        watch: Callable[[int, int], object] | None = None  # Told during a pass how many units of how many have been called
+        watch: Callable[[int, int], object] | None = None,  # Told during a pass how many units of how many have been called
+        start: Callable[[Unit], object] | None = None  # Gives a unit its first weights, when it is called for the first time
     ):
-        self.model,self.units,self.goal,self.watch = model,units,goal,watch
+        self.model,self.units,self.goal,self.watch,self.start = model,units,goal,watch,start
+        self._started: set[Unit] = set()
+        # What these are given may be overwritten before they run again: by a container itself, or by others' hooks.
+        self._copied = {u for u in units if not isinstance(u.module, LAYERS) or u.module._forward_pre_hooks}
         self.seen: dict[Unit, Seen] = {}
         self.found: dict[Unit, Seen] = {}
         self.corrected: dict[Unit, int] = {u: 0 for u in units}
         self.reason: dict[Unit, str] = {}
         self.immovable: set[Unit] = set()
         self._nudges: dict[Unit, tuple[Tensor, Tensor]] = {}  # How far off, in logarithms, and the step that was taken
-        self._owner: dict[int, Unit] = {}  # Of each weight, the unit that ran first
-        self._given: dict[Unit, Any] = {}  # What containers were given
+        self._owner: dict[Any, Unit] = {}  # Of each weight, the unit that ran first
+        self._given: dict[Unit, Any] = {}  # What a unit that may have to run again was given
         self._raw: dict[Unit, tuple] = {}  # What layers put out, where others' hooks follow
         self._rerunning = False
 
@@ -96,23 +100,35 @@ class Passes:
             stack.callback(lambda: (self._given.clear(), self._raw.clear()))
             def attach(register, f, **kw): stack.callback(register(partial(f, u), **kw).remove)
             for u in self.units:
-                if not isinstance(u.module, LAYERS): attach(u.module.register_forward_pre_hook, self._keep_input, with_kwargs=True)
-                elif u.module._forward_hooks: attach(u.module.register_forward_hook, self._keep_output, prepend=True)
-                attach(u.module.register_forward_hook, self._see, with_kwargs=True)
+                # Ahead of others' hooks, which may change the input or compute the weight, and run again when the unit does.
+                if not u.affine or u.module._forward_hooks: attach(u.module.register_forward_pre_hook, self._keep_input, prepend=True, with_kwargs=True)
+                if u.affine and u.module._forward_hooks: attach(u.module.register_forward_hook, self._keep_output, prepend=True)
+                if self.start is not None: attach(u.module.register_forward_pre_hook, self._begin, prepend=True)
+                attach(u.module.register_forward_hook, self._see)
             yield
 
+    def _begin(self, u: Unit, module, args) -> None:
+        """Start a unit when it is first called: the weight of one that never is, which its parent may use by itself, stays
+        as it was while everything after it is measured."""
+        if self._rerunning or not self._correct or u in self._started: return
+        self._started.add(u)
+        if not self._may_change(u): return
+        self.start(u)
+        torch.clear_autocast_cache()
+
     def _keep_input(self, u: Unit, module, args, kwargs) -> None:
-        "A container may overwrite its input, and running it again needs what it was given."
-        if self._correct and not self._rerunning: self._given[u] = _cloned((args, kwargs))
+        "Running a unit again needs what it was given."
+        if self._correct and not self._rerunning: self._given[u] = _cloned((args, kwargs)) if u in self._copied else (args, kwargs)
 
     def _keep_output(self, u: Unit, module, args, out) -> None:
         "Another's forward hook may change a layer's output, which is then no longer affine in the weight."
-        if not self._rerunning and isinstance(out, Tensor): self._raw[u] = (out, out._version)
+        if not self._rerunning and isinstance(out, Tensor): self._raw[u] = (out, _version(out))
 
-    def _see(self, u: Unit, module, args, kwargs, out) -> Any:
+    def _see(self, u: Unit, module, args, out) -> Any:
         "The hook: measure the output, run the loops if it is off, return it corrected."
-        x = first_tensor(out)
-        if self._rerunning or x is None or x.numel() == 0: return None
+        if self._rerunning: return None
+        x,raw,given = first_tensor(out),self._raw.pop(u, None),self._given.pop(u, None)
+        if x is None or x.numel() == 0: return None
         seen = self.seen.setdefault(u, Seen())
         seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(len(self.seen), len(self.units))
@@ -120,23 +136,23 @@ class Passes:
         if not self._correct or not self._may_change(u): return None
         # Called several times, it is brought to its goal call by call in the first pass, and between the passes after that.
         if u in self.last and (len(self.last[u].moments) > 1 or len(seen.moments) > 1 or self.goal.met(u, seen.pooled)): return None
-        raw,is_layer = self._raw.get(u),isinstance(module, LAYERS)
-        if u.affine and (raw is None or (raw[0] is out and raw[1] == out._version)): return self._solve(u, seen, x)
-        return self._rerun(u, seen, (args, kwargs) if is_layer else self._given[u], out)
+        if u.affine and (raw is None or (raw[0] is out and raw[1] == _version(out))): return self._solve(u, seen, x)
+        return self._rerun(u, seen, given, out)
 
     def _may_change(self, u: Unit) -> bool:
         if u.left_alone or self.reason.get(u) in ('unresponsive', 'tied'): return False
         if not u.scales: self.reason[u] = 'unresponsive'
-        elif self._owner.setdefault(id(u.scales[0].value), u) is not u: self.reason[u] = 'tied'
+        elif self._owner.setdefault(u.scales[0].key, u) is not u: self.reason[u] = 'tied'
         return self.reason.get(u) not in ('unresponsive', 'tied')
 
     def _loop(self, u: Unit, meter: Meter, max_steps: int) -> str:
-        return run_loops(self.goal.loops, meter, self.goal.mean, self.goal.std[u], self.goal.tol, max_steps)
+        target = self.goal.std[u]
+        return run_loops(self.goal.loops, meter, self.goal.mean, target, self.goal.tol*min(1., target), max_steps)  # a small target asks for more
 
     def _solve(self, u: Unit, seen: Seen, x: Tensor) -> None:
         "Run the loops of an affine unit on its moments, and mend its output in place by one fused multiply-add."
         b = getattr(u.layer, 'bias', None)
-        b = 0. if b is None else b.detach().to('cpu', torch.float64)
+        b = 0. if b is None else b.detach().to('cpu', torch.float64, copy=True)
         z = [m.affine(1., -b) for m in seen.moments]
         meter = AffineMeter(pool(z), b, u.bias is not None, self.goal.per_channel)
         if varies(meter.z, seen.pooled): self.reason[u] = self._loop(u, meter, _MAX_STEPS)
@@ -176,21 +192,23 @@ class Passes:
     def _nudge(self, u: Unit) -> None:
         """Correct a unit that is called several times, after a pass that ran it as it was.
 
-        Where its output comes back as its input, std grows as some power of the weight's scale. That power is read off the
-        last two passes; it starts at the number of calls, as in a chain of as many layers."""
+        Where its output comes back as its input, std grows as some power of the weight's scale: 1 where the calls have
+        nothing to do with each other, the number of calls in a chain of as many layers. That power is read off the last two
+        passes; it starts halfway."""
         m,goal = self.seen[u].pooled,self.goal
         if not self._may_change(u) or not varies(m) or goal.met(u, m): return
         mean,std = m.stats(goal.per_channel)
         height = (std/goal.std[u]).log()
-        power = torch.full_like(std, float(len(self.seen[u].moments)))
+        calls = len(self.seen[u].moments)
+        power = torch.full_like(std, calls**0.5)
         if u in self._nudges:
             height_before,step_before = self._nudges[u]
             slope = (height - height_before)/step_before
-            power = torch.where(slope.isfinite() & (slope > 0), slope.clamp(0.5, 4*power[0].item()), power)
+            power = torch.where(slope.isfinite() & (slope > 0), slope.clamp(0.5, 4*calls), power)
         step = torch.where(height.isfinite(), -height/power, torch.zeros_like(height))
         self._nudges[u] = height,step
         u.scales[0].mul(step.exp())
-        if u.bias is not None and any('mean' in words for words in goal.loops): u.bias.add(goal.mean - mean)
+        if u.bias is not None and u not in self.immovable and any('mean' in words for words in goal.loops): u.bias.add(goal.mean - mean)
         self._mark(u)
 
     def _mark(self, u: Unit) -> None:
@@ -202,7 +220,7 @@ class Passes:
 
     def run_again(self, u: Unit, given: tuple[tuple, dict]) -> Any:
         "What `u` puts out for what it was `given`, run alone."
-        args,kwargs = given if isinstance(u.module, LAYERS) else _cloned(given)
+        args,kwargs = _cloned(given) if u in self._copied else given
         self._rerunning = True
         try: return u.module(*args, **kwargs)
         finally: self._rerunning = False
@@ -210,6 +228,7 @@ class Passes:
 
 class _RunMeter:
     "The loops' view of a unit that is measured by running it again, alone."
+    affine = False
     def __init__(self, passes: Passes, unit: Unit, knob: Knob, given: tuple[tuple, dict], moments: Moments, out: Any):
         self.passes,self.unit,self.knob,self.given = passes,unit,knob,given
         self.can_shift,self.moved,self.stale = unit.bias is not None,False,False
@@ -248,6 +267,11 @@ def call(model: nn.Module, batch: Any) -> Any:
     "What `model` makes of a mini-batch: a tensor, or a tuple or dict of its inputs."
     if isinstance(batch, Mapping): return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _version(t: Tensor) -> Any:
+    "What changes when `t` is written to; in inference mode, where nobody counts, it may always have been."
+    return object() if t.is_inference() else t._version
 
 
 def _cloned(inputs: Any) -> Any:

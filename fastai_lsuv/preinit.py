@@ -20,10 +20,11 @@ def orthogonal_(
 ) -> None:
     """Give `layer` an orthonormal weight, each group of a grouped conv its own, and a zero bias.
 
-    A weight that is all zeros is left so: that is how a residual branch or a head is made to start at nothing."""
+    A weight that is all zeros is left so: that is how a residual branch or a head is made to start at nothing. So is one
+    that is frozen, or computed from something frozen."""
     w = getattr(layer, 'weight', None)
     if not isinstance(w, Tensor) or w.numel() == 0 or not w.any(): return
-    if w.dim() < 2: return
+    if w.dim() < 2 or any(not p.requires_grad for n, p in layer.named_parameters() if 'bias' not in n): return
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
     q = torch.empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
     for part in q.chunk(groups): nn.init.orthogonal_(part)
@@ -41,14 +42,16 @@ def orthogonal_(
 
 
 def preinitialize(
-    units: list[Unit],  # What to initialize; those left alone keep their weights
-    preinit: str | Callable[[nn.Module], object] | None  # "orthogonal", `None` or a function of the layer that holds the weight
+    unit: Unit,
+    preinit: str | Callable[[nn.Module], object]  # "orthogonal", or a function of the layer that holds the weight
 ) -> None:
-    "Give each unit its starting weights, the same on every rank of `torch.distributed`."
-    start = orthogonal_ if preinit == 'orthogonal' else preinit
-    layers = {id(u.layer): u.layer for u in units if not u.left_alone}
-    for layer in layers.values():
-        if start is not None:
-            with torch.no_grad(): start(layer)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for p in layer.parameters(): dist.broadcast(p.data, 0)
+    "Give `unit` its starting weights, the same on every rank of `torch.distributed`."
+    layer,was = unit.layer,dict(unit.layer._parameters)
+    with torch.no_grad():
+        (orthogonal_ if preinit == 'orthogonal' else preinit)(layer)
+        for n, p in was.items():  # an optimizer may hold the parameters: they get the values of any put in their place
+            if p is not None and (new := layer._parameters[n]) is not p:
+                p.copy_(new)
+                layer._parameters[n] = p
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for p in layer.parameters(): dist.broadcast(p.data, 0)

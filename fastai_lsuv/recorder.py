@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os, sys, warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,12 +55,13 @@ class _Meter:
         self.near_zero,self.bins,self.scratch = near_zero,bins,None
 
     def __call__(self, x: Tensor, grad: bool = False) -> _Measure:
-        x = x.detach().as_subclass(Tensor)
+        x = x.detach()
+        if type(x) is not Tensor: x = x.as_subclass(Tensor)
         if x.dtype not in (torch.float32, torch.float64): x = x.float()
         if x.device.type == 'cpu' and x.dtype == torch.float32: return self._cpu(x, grad)
         if x.numel() == 1: mean,std = x.reshape(()),torch.full((), _NAN, device=x.device)
         else: std,mean = torch.std_mean(x)  # Welford's method: exact wherever the mean is, in one read on a GPU
-        zeros = ((x == 0) if grad else (x <= self.near_zero)).sum()
+        zeros = ((x == 0) if grad else (x <= self.near_zero)).sum(dtype=torch.float32)
         return _Measure(x.numel(), mean, std, zeros, None if grad or self.bins is None else torch.histc(x, *self.bins))
 
     def _cpu(self, x: Tensor, grad: bool) -> _Measure:
@@ -79,8 +80,8 @@ class _Meter:
             zeros += np.count_nonzero(compare(a[i:i+_CHUNK], to, out=m))
         mean = s/n
         var = (q - s*mean)/(n-1) if n > 1 else _NAN
-        if n == 1 or q == 0.: std = var
-        else: std = var**0.5 if _CENTRE_ABOVE*var > mean**2 else float(x.std().numpy())
+        if _CENTRE_ABOVE*var > mean**2 and 1e-30 < q < 1e38: std = var**0.5
+        else: std = float(x.std().numpy()) if n > 1 else _NAN  # also where squares under- or overflow
         hist = None
         if self.bins is not None and not grad: hist = self._hist(x) if np.isfinite(mean) else torch.histc(x, *self.bins)
         return _Measure(n, mean, std, zeros, hist)
@@ -99,7 +100,7 @@ class _Meter:
             if lo: c.sub_(lo)
             c.mul_(bins/(hi-lo)).floor_()
             half = len(c)//2
-            pairs += torch.bincount(c[:half].add_(c[half:2*half], alpha=w).add_(w+1).to(torch.int16), minlength=w*w)
+            pairs += torch.bincount(c[:half].add_(c[half:2*half], alpha=w).to(torch.int16).add_(w+1), minlength=w*w)
             if len(c) % 2: odd.append(int(c.numpy()[-1])+1)
         counts = pairs.view(w, w).sum(0) + pairs.view(w, w).sum(1)
         for i in odd: counts[i] += 1
@@ -111,8 +112,8 @@ class _Meter:
 
 def _flat(x: Tensor) -> Tensor:
     "The elements of `x` in the order they lie in memory: a view unless `x` has gaps or repeats."
-    if not x.is_contiguous(): x = x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d)))
-    return x.reshape(-1)
+    if x.is_contiguous(): return x.view(-1)
+    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d))).reshape(-1)
 
 
 # ---- The hooks ----
@@ -149,10 +150,12 @@ class _Taps:
     def take(self, i: int, out: Any):
         if not self.recording: return
         x = first_tensor(out)
-        if x is None or x.is_complex() or x.numel() == 0 or x.layout != torch.strided: return
+        if x is None or x.is_complex() or x.numel() == 0 or x.layout != torch.strided or x.is_nested: return
         self.calls[i].append(self.meter(x))
         if self.grads and x.requires_grad:
             to = self.grad_calls[i]
+            # A tensor of a subclass is a view of the layer's own, and would lose its hook to an in-place activation.
+            if type(x) is not Tensor and x._is_view() and x._base.numel() == x.numel(): x = x._base
             x.register_hook(lambda g: to.append(self.meter(g, grad=True)))
 
     def row(self) -> _Row | None:
@@ -193,13 +196,14 @@ class _Row:
         "Statistics of the elements of several rows together."
         if len(rows) == 1: return rows[0]
         v,ns = torch.stack([r.values for r in rows]),np.stack([r.ns for r in rows])
-        v,columns = v.nan_to_num(0., float('inf'), float('-inf')) if (ns == 0).any() else v,[]
-        for k,n in enumerate(torch.from_numpy(ns).to(v.device, v.dtype).unbind(-1)):
-            (mean,std,zeros),total = v[..., 3*k:3*k+3].unbind(-1),n.sum(0)
+        counts,columns = torch.from_numpy(ns).to(v.device, v.dtype, non_blocking=True).unbind(-1),[]
+        def called(j, k, n): return torch.where(n[..., None] > 0, v[..., j:k], 0.)
+        for k,n in enumerate(counts):
+            (mean,std,zeros),total = called(3*k, 3*k+3, n).unbind(-1),n.sum(0)
             m = (mean*n).sum(0)/total
-            within = (torch.where(n > 1, std, 0.).square()*(n-1).clamp(min=0)).sum(0)
+            within = torch.where(n > 1, std.square()*(n-1), 0.).sum(0)
             columns += [m, ((within + ((mean-m).square()*n).sum(0))/(total-1).clamp(min=1)).sqrt(), zeros.sum(0)]
-        return _Row(ns.sum(0), torch.cat([torch.stack(columns, 1), v[..., len(columns):].sum(0)], 1))
+        return _Row(ns.sum(0), torch.cat([torch.stack(columns, 1), called(len(columns), None, counts[0]).sum(0)], 1))
 
 
 # ---- The callback ----
@@ -269,11 +273,12 @@ class ActivationStatsRecorder(StatsPlots, Callback):
     def before_batch(self):
         "Start measuring if this step is due."
         if self._phase is None: return
-        due = (self.train_iter if self._phase == 'train' else self.iter) % self._every == 0
-        if self._phase == 'train' and due:
-            due = self._seen['train'] % self._strides['train'] == 0
-            self._seen['train'] += 1
-        if self._phase == 'train': self._done[:] = self.epoch + self._base[0] + 1, self.train_iter + self._base[1] + 1
+        due = True
+        if self._phase == 'train':
+            self._done[:] = self.epoch + self._base[0] + 1, self.train_iter + self._base[1] + 1
+            if (due := self.train_iter % self._every == 0):
+                due = self._seen['train'] % self._strides['train'] == 0
+                self._seen['train'] += 1
         self._taps.start(due)
 
     def after_pred(self):

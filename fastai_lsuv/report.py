@@ -24,6 +24,7 @@ STATUSES = {
 }
 _DONE = ('ok', 'no bias')
 _MOST_ROWS = 40  # A longer table is folded
+_ENDS, _RARE = 8, 10  # Rows shown at either end of it, and how many amid them because their status is rare
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,30 @@ class LSUVReport:
         "Header and cells, with runs of layers that came out alike folded into one line where the table is long."
         head = ['layer', 'kind', 'output', 'mean', 'std', *(['mean before', 'std before'] if self._baseline else []), 'passes', 'status']
         def cells(r):
-            before = [_number(r.mean_before), _number(r.std_before)] if self._baseline else []
-            return [r.name or '(model)', r.kind, 'x'.join(map(str, r.shape)), _number(r.mean), _number(r.std), *before, str(r.passes), r.status]
-        if len(self) <= _MOST_ROWS: return head, [cells(r) for r in self.rows]
+            now = ['', ''] if r.status == 'not called' else [_number(r.mean), _number(r.std, small=True)]
+            before = [_number(r.mean_before), _number(r.std_before, small=True)] if self._baseline else []
+            return [r.name or '(model)', r.kind, 'x'.join(map(str, r.shape)), *now, *before, str(r.passes), r.status]
+        shown = self._shown()
         lines: list[list[str]] = []
-        keep = max(1, _MOST_ROWS//2//max(1, sum(1 for _ in groupby(self.rows, key=lambda r: r.status))))
-        for status, run in groupby(self.rows, key=lambda r: r.status):
-            run = list(run)
-            if len(run) <= 2*keep + 1: lines += [cells(r) for r in run]; continue
-            hidden = run[keep:-keep]
-            stds,means = [r.std for r in hidden],[r.mean for r in hidden]
-            fold = [f'... {len(hidden)} more', '', '', _span(means), _span(stds), *(['', ''] if self._baseline else []), '', status]
-            lines += [*(cells(r) for r in run[:keep]), fold, *(cells(r) for r in run[-keep:])]
+        for folded, run in groupby(range(len(self)), key=lambda i: i not in shown):
+            run = [self.rows[i] for i in run]
+            if not folded: lines += map(cells, run); continue
+            counts = Counter(r.status for r in run)
+            statuses = next(iter(counts)) if len(counts) == 1 else ', '.join(f'{n} {s}' for s, n in counts.items())
+            lines.append([f'... {len(run)} more', '', '', _span([r.mean for r in run]), _span([r.std for r in run]), *(['', ''] if self._baseline else []), '', statuses])
         return head, lines
+
+    def _shown(self) -> set[int]:
+        "The rows that have a line of their own: all of a short table; else its ends, what is rare, and the first of each status."
+        n = len(self)
+        if n <= _MOST_ROWS: return set(range(n))
+        shown,room = {*range(_ENDS), *range(n - _ENDS, n)},_RARE
+        by_status = [[i for i, r in enumerate(self.rows) if r.status == s] for s in STATUSES]
+        for which in sorted(by_status, key=len):
+            new = which if len(which) <= room else which[:1]
+            shown.update(new)
+            room = max(room - len(new), 0)
+        return shown
 
     def __str__(self) -> str:
         head,lines = self._table()
@@ -160,7 +172,11 @@ class LSUVReport:
 def _count(n: int, one: str, many: str = '') -> str: return f'{n} {one if n == 1 else many or one + "s"}'
 
 
-def _number(v: float | None) -> str: return '' if v is None or v != v else f'{v:.4f}' if abs(v) < 1e4 else f'{v:.3g}'
+def _number(v: float | None, small: bool = False) -> str:
+    "Four decimals, or three digits where those would not do (for numbers near zero only if `small` ones matter)."
+    if v is None: return ''
+    if abs(v) >= 1e4 or small and 0 < abs(v) < 1e-3: return f'{v:.2g}' if abs(v) < 1 else f'{v:.3g}'
+    return f'{round(v, 4) + 0.:.4f}'
 
 
 def _span(vs: list[float]) -> str:

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from copy import copy
-from typing import Any, Callable, Iterable, Iterator
+from collections import deque
+from copy import copy, deepcopy
+from typing import Any, Iterable, Iterator
+
+import numpy as np
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from .units import Unit
 
-__all__ = ['Snapshot', 'preserved', 'train_without_dropout']
+__all__ = ['Snapshot', 'memory', 'preserved', 'train_without_dropout']
 
 _HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # attached and removed by whoever registers them
 _MOST_ITEMS = 1000  # A longer list holds data, not state
+_SMALL = 2**16  # Parameters of no more elements are copied without asking what they are for
 
 
 class _Contents:
@@ -29,9 +33,9 @@ class _Contents:
     ):
         self.value,self.copy,self.inner = value,None,[]
         if isinstance(value, Tensor):
-            if tensors and not is_lazy(value) and value.untyped_storage().data_ptr() not in but: self.copy = value.detach().clone()
-        elif isinstance(value, (torch.Generator, random.Random)): self.copy = _state_of(value)
-        elif isinstance(value, (list, dict, set)): self.copy = copy(value)
+            if tensors and not is_lazy(value) and memory(value) not in but: self.copy = value.detach().clone()
+        elif isinstance(value, tuple(_GENERATORS)): self.copy = deepcopy(_generator(value)[0](value))
+        elif isinstance(value, (list, dict, set, deque)) or tensors and isinstance(value, np.ndarray): self.copy = copy(value)
         if depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
             inner = (_Contents(v, but, tensors, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
             self.inner = [c for c in inner if c.copy is not None or c.inner]
@@ -39,17 +43,32 @@ class _Contents:
     def restore(self) -> Any:
         v = self.value
         if self.copy is not None:
-            if isinstance(v, Tensor): v.detach().copy_(self.copy)
-            elif isinstance(v, torch.Generator): v.set_state(self.copy)
-            elif isinstance(v, random.Random): v.setstate(self.copy)
-            elif isinstance(v, list): v[:] = self.copy
+            if isinstance(v, Tensor): _write(v.detach(), self.copy)
+            elif isinstance(v, tuple(_GENERATORS)): _generator(v)[1](v, self.copy)
+            elif isinstance(v, (list, np.ndarray)): v[:] = self.copy
+            elif isinstance(v, deque): v.clear(); v.extend(self.copy)
             else: v.clear(); v.update(self.copy)
         for c in self.inner: c.restore()
         return v
 
 
-def _state_of(generator: torch.Generator | random.Random) -> Any:
-    return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+def memory(t: Tensor) -> int:
+    "Address of the memory that a tensor is a view of; 0 if it has none to speak of, as a sparse one."
+    return t.untyped_storage().data_ptr() if t.layout == torch.strided else 0
+
+
+def _write(t: Tensor, was: Tensor) -> None:
+    "Make `t` hold what it held. An expanded tensor cannot be written as a whole, but was not written by others either."
+    if t.layout != torch.strided or not torch.equal(t, was): t.copy_(was)
+
+
+# How the state of each kind of generator is had, and set.
+_GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_state), random.Random: (random.Random.getstate, random.Random.setstate),
+               np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+               np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, 'state', state))}
+
+
+def _generator(v: Any) -> tuple: return next(f for c, f in _GENERATORS.items() if isinstance(v, c))
 
 
 class Snapshot:
@@ -69,38 +88,46 @@ class Snapshot:
             for k, c in attrs.items(): now[k] = c.restore()
 
 
-class _Weights:
-    "Copies of what units own: every parameter of their layers, and what stands behind their properties."
-    def __init__(self, units: list[Unit]):
-        self.of = {u: ([(p, p.detach().clone()) for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer) if not is_lazy(p)],
-                       [(k, k.copy()) for k in u.knobs if k.has_setter]) for u in units}
+class _Params:
+    "Copies of parameters."
+    def __init__(self, params: Iterable[nn.Parameter]): self.of = [(p, p.detach().clone()) for p in params if not is_lazy(p)]
 
     @torch.no_grad()
-    def put_back(self, units: Iterable[Unit] | None = None) -> None:
-        for u in (self.of if units is None else units):
-            params,knobs = self.of[u]
-            for p, was in params: p.copy_(was)
-            for k, was in knobs: k.assign(was)
+    def put_back(self) -> None:
+        for p, was in self.of: _write(p, was)
 
 
 @contextmanager
 def preserved(
     model: nn.Module,
     units: list[Unit]  # Whose weights and biases may change
-) -> Iterator[Callable]:  # A function that puts back the weights and biases of the units it is given
+) -> Iterator[None]:
     """Leave everything but the units' weights and biases as it was: module modes, buffers, hidden state and other attributes.
 
     If anything is raised inside, Ctrl-C included, the weights and biases are put back too."""
-    params = {p.untyped_storage().data_ptr() for p in model.parameters() if not is_lazy(p)} - {0}
-    snapshot,weights = Snapshot(model.modules(), but=params),_Weights(units)
-    try: yield weights.put_back
-    except BaseException:
+    snapshot = Snapshot(model.modules(), but={memory(p) for p in model.parameters() if not is_lazy(p)} - {0})
+    owned = {p for u in units for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer)}
+    weights,others = _Params(owned),_Params(p for m in model.modules() for p in m._parameters.values() if p is not None and p not in owned and _may_be_written(m, p))
+    def values(): return [(k, k.copy()) for u in units for k in u.knobs if k.has_setter]  # what stands behind properties
+    was = values()
+    def put_back(values):
         snapshot.restore()
+        others.put_back()
+        for k, v in values: k.assign(v)  # it may live in an attribute that was just restored
+    try: yield
+    except BaseException:
+        put_back(was)
         weights.put_back()
         raise
-    final = [(k, k.copy()) for u in units for k in u.knobs if k.has_setter]
-    snapshot.restore()
-    for k, value in final: k.assign(value)  # its value may live in an attribute that was just restored
+    # A weight that a hook computes before each forward (`weight_norm` of old, pruning) is that of the last.
+    computed = [(u.layer, vars(u.layer)['weight']) for u in units if not u.left_alone and 'weight' in vars(u.layer)]
+    put_back(values())
+    for layer, w in computed: vars(layer)['weight'] = w
+
+
+def _may_be_written(m: nn.Module, p: nn.Parameter) -> bool:
+    "Whether `m` may write to its own parameter as it runs: an embedding to keep its norm, a small one to take its start from data."
+    return getattr(m, 'max_norm', None) is not None or not is_lazy(p) and p.numel() <= _SMALL
 
 
 def train_without_dropout(model: nn.Module) -> None:

@@ -15,7 +15,6 @@ LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)  # What is nor
 
 # The forwards known to be affine in the weight and bias that the module holds.
 _AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Bilinear)
-_NAMES = {c.__name__ for c in _AFFINE} | {'MultiheadAttention', 'NonDynamicallyQuantizableLinear'}
 
 
 class Knob:
@@ -38,6 +37,11 @@ class Knob:
     def frozen(self) -> bool:
         "Whether this is a parameter that training does not change."
         return isinstance(v := self.value, nn.Parameter) and not v.requires_grad
+
+    @property
+    def key(self) -> Any:
+        "What two knobs on the same tensor have in common; what a property makes is new each time."
+        return (id(self.owner), self.name) if self.has_setter else id(self.value)
 
     def copy(self) -> Any: return self.tensor.detach().clone() if self.tensor is not None else self.value
 
@@ -150,7 +154,8 @@ def select_modules(
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if one of its entries matches nothing."
     named = list(model.named_modules())
-    inside = {id(c) for _, m in named if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
+    # What an attention holds is never called; whoever selects it means the attention.
+    inside = {id(c): id(m) for _, m in named if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
     if modules is None:
         picked = [(n, m) for n, m in named if isinstance(m, LAYERS) and id(m) not in inside]
         if not picked: raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer; name what to measure with `modules`")
@@ -166,7 +171,7 @@ def select_modules(
         if not hits:
             what = f"no module of {type(model).__name__} matches {e!r}" if not isinstance(e, nn.Module) else f"{type(e).__name__} is not in the model"
             raise ValueError(f"modules: {what}; {takes}. Names here: {_some(n for n, _ in named if n)}")
-        picked_ids |= {id(m) for m in hits}
+        picked_ids |= {inside.get(id(m), id(m)) for m in hits}
     return [(n, m) for n, m in named if id(m) in picked_ids]
 
 
@@ -176,6 +181,12 @@ def _matcher(entry: Any) -> Callable[[str, nn.Module], bool] | None:
     if isinstance(entry, type): return lambda n, m: isinstance(m, entry)
     if callable(entry): return lambda n, m: bool(entry(m))
     return None
+
+
+def _is_matrix(m: torch.jit.ScriptModule) -> bool:
+    "Whether this was a layer before it was compiled, as far as can be told."
+    w = getattr(m, 'weight', None)
+    return isinstance(w, Tensor) and w.dim() > 1 and 'Embedding' not in m.original_name
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:
@@ -191,11 +202,11 @@ def find_units(
 
     Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one,
     and `TypeError` for layers that are complex or compiled by `torch.jit`."""
-    units = [Unit(n, m) for n, m in select_modules(model, modules)]
-    for n, m in model.named_modules():
-        if isinstance(m, torch.jit.ScriptModule) and m.original_name in _NAMES:
-            raise TypeError(f"model: {n!r} is a {m.original_name} compiled by torch.jit, which Python hooks do not reach; "
+    for n, m in model.named_modules() if modules is None else select_modules(model, modules):
+        if isinstance(m, torch.jit.ScriptModule) and _is_matrix(m):
+            raise TypeError(f"model: {n or 'it'!r} is a {m.original_name} compiled by torch.jit, which Python hooks do not reach; "
                             "initialize the model first, then script or trace it")
+    units = [Unit(n, m) for n, m in select_modules(model, modules)]
     for u in units:
         if u.layer is None:
             raise ValueError(f"modules: {u.name!r} ({u.kind}) holds no conv, linear or attention layer, nor a `weight`, to scale; leave it out")

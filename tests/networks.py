@@ -34,25 +34,70 @@ def network(name: str, **statuses: str):
     return add
 
 
-def images(n: int = 32, size: int = 64, channels: int = 3): return torch.randn(n, channels, size, size)
+def images(n: int = 16, size: int = 64, channels: int = 3): return torch.randn(n, channels, size, size)
 
 
-# --- torchvision
+# --- torchvision: as they come where they are small, else the same class with less of everything
 
-def _torchvision(name: str, n: int = 16, size: int = 64, **kwargs):
+def _torchvision(name: str, n: int = 8, size: int = 64, **kwargs):
     def make():
         import torchvision.models as tv
         return getattr(tv, name)(weights=None, **kwargs), images(n, size)
     NETWORKS[f'torchvision/{name}'] = Network(f'torchvision/{name}', make)
 
 
-for _name in ['alexnet', 'vgg11', 'vgg16', 'vgg11_bn', 'resnet18', 'resnet50', 'squeezenet1_1', 'densenet121', 'mobilenet_v2',
-              'mobilenet_v3_small', 'shufflenet_v2_x0_5', 'mnasnet0_5', 'efficientnet_b0', 'regnet_y_400mf', 'convnext_tiny']:
+for _name in ['resnet18', 'resnet50', 'squeezenet1_1', 'densenet121', 'mobilenet_v2', 'mobilenet_v3_small', 'shufflenet_v2_x0_5', 'mnasnet0_5',
+              'efficientnet_b0', 'regnet_y_400mf']:
     _torchvision(_name)
 _torchvision('googlenet', init_weights=False)  # returns a named tuple, with auxiliary heads
-_torchvision('inception_v3', n=8, size=96, init_weights=False, aux_logits=False)
-_torchvision('vit_b_16', n=8, image_size=64)
-_torchvision('swin_t')
+_torchvision('inception_v3', n=4, size=96, init_weights=False, aux_logits=False)
+
+
+@network('torchvision/alexnet')
+def _(): return narrow_classifier(tv().AlexNet()), images(8)
+
+
+def _vgg(name: str, widths: list):
+    @network(f'torchvision/{name}')
+    def _():
+        from torchvision.models.vgg import make_layers
+        features = make_layers(widths, batch_norm='bn' in name)
+        with torch.device('meta'): model = tv().VGG(features, init_weights=False)  # 500 MB that are thrown away
+        return narrow_classifier(model), images(8)
+
+
+_vgg('vgg11', [32, 'M', 64, 'M', 128, 128, 'M', 256, 256, 'M', 512, 512, 'M'])
+_vgg('vgg11_bn', [32, 'M', 64, 'M', 128, 128, 'M', 256, 256, 'M', 512, 512, 'M'])
+_vgg('vgg16', [32, 32, 'M', 64, 64, 'M', 128, 128, 128, 'M', 256, 256, 256, 'M', 512, 512, 512, 'M'])
+
+
+def tv():
+    import torchvision.models
+    return torchvision.models
+
+
+def narrow_classifier(model, width: int = 64):
+    "The same layers with fewer units: `model.classifier` holds nine tenths of the weights."
+    linear = [k for k, m in enumerate(model.classifier) if isinstance(m, nn.Linear)]
+    for k, i, o in zip(linear, (model.classifier[linear[0]].in_features, width, width), (width, width, 10)): model.classifier[k] = nn.Linear(i, o)
+    return model
+
+
+@network('torchvision/convnext')
+def _():
+    from torchvision.models.convnext import CNBlockConfig
+    return tv().ConvNeXt([CNBlockConfig(24, 48, 2), CNBlockConfig(48, 96, 2), CNBlockConfig(96, None, 2)], num_classes=10), images(8)
+
+
+@network('torchvision/vit', heads__head='constant')  # its head starts at zero
+def _(): return tv().VisionTransformer(image_size=64, patch_size=16, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10), images(8)
+
+
+@network('torchvision/swin')  # the attention applies the weights of its `qkv` and `proj` itself, without calling them
+def _(): return tv().SwinTransformer([4, 4], 24, [2, 2, 2], [2, 4, 8], [4, 4], num_classes=10), images(8)
+
+
+NETWORKS['torchvision/swin'].statuses.update({f'features.{i}.{j}.attn.{l}': 'not called' for i in (1, 3, 5) for j in (0, 1) for l in ('qkv', 'proj')})
 
 
 @network('torchvision/deeplabv3')
@@ -61,26 +106,69 @@ def _():
     return deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5), images(8)
 
 
-# --- timm
+# --- timm, likewise
 
-def _timm(name: str, n: int = 16, size: int = 64, statuses: dict[str, str] | None = None, **kwargs):
+def _timm(name: str, n: int = 8, size: int = 64, statuses: dict[str, str] | None = None, **kwargs):
     def make():
         import timm
         return timm.create_model(name, pretrained=False, num_classes=10, **kwargs), images(n, size)
     NETWORKS[f'timm/{name}'] = Network(f'timm/{name}', make, statuses or {})
 
 
-for _name in ['resnet50', 'efficientnet_lite0', 'tf_efficientnet_b0', 'nfnet_l0', 'dm_nfnet_f0', 'regnetz_b16', 'repvgg_a0', 'ghostnet_100', 'convmixer_768_32', 'xception41']:
-    _timm(_name, n=8 if 'nfnet' in _name or 'xception' in _name or 'convmixer' in _name else 16)
-for _name in ['vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'cait_xxs24_224', 'beit_base_patch16_224', 'swinv2_cr_tiny_224', 'mixer_s16_224', 'gmlp_s16_224',
-              'levit_128s', 'coat_lite_tiny', 'poolformer_s12', 'convnextv2_atto', 'resmlp_12_224']:
-    _timm(_name, n=8, **({} if _name in ('poolformer_s12', 'convnextv2_atto', 'coat_lite_tiny') else dict(img_size=64)) if not _name.startswith(('swin', 'levit')) else {}, size=64 if not _name.startswith(('swin', 'levit')) else 224)
-_timm('resnetv2_50x1_bit', n=8)
+for _name in ['resnet26', 'efficientnet_lite0', 'tf_efficientnet_b0', 'regnetz_b16', 'repvgg_a0', 'ghostnet_100', 'xception41', 'poolformer_s12', 'convnextv2_atto']: _timm(_name)
+_timm('vit_tiny_patch16_224', img_size=64, depth=4)
+_timm('deit3_small_patch16_224', img_size=64, depth=3, embed_dim=96, num_heads=3)
+_timm('cait_xxs24_224', img_size=64, depth=4)
+_timm('beit_base_patch16_224', img_size=64, depth=3, embed_dim=96, num_heads=4,  # it applies the weight of its `qkv` itself
+      statuses={f'blocks.{i}.attn.qkv': 'not called' for i in range(3)})
+_timm('swinv2_cr_tiny_224', img_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4)
+_timm('levit_128s', n=2, size=224)
+_timm('coat_lite_tiny', img_size=64)
+
+
+def _mixer(name: str, **options):
+    @network(f'timm/{name}', head='constant')  # its head starts at zero
+    def _():
+        import timm.layers
+        from timm.models import mlp_mixer
+        find = lambda v: getattr(mlp_mixer, v, None) or getattr(timm.layers, v) if isinstance(v, str) else v
+        return mlp_mixer.MlpMixer(img_size=64, num_blocks=3, embed_dim=64, num_classes=10, **{k: find(v) for k, v in options.items()}), images(8)
+
+
+_mixer('mixer')
+_mixer('gmlp', mlp_ratio=6, block_layer='SpatialGatingBlock', mlp_layer='GatedMlp')
+_mixer('resmlp', mlp_ratio=4, block_layer='ResBlock', norm_layer='Affine')
+
+
+@network('timm/convmixer')
+def _():
+    from timm.models.convmixer import ConvMixer
+    return ConvMixer(64, 6, num_classes=10), images(8)
+
+
+@network('timm/nfnet_skipinit')  # weight-standardized convs, scaled through their gains; a zero gain after each branch
+def _():
+    from timm.models.nfnet import NfCfg, NormFreeNet
+    return NormFreeNet(NfCfg(depths=(1, 1), channels=(32, 64), stem_type='3x3', stem_chs=16, group_size=8, attn_layer='se', attn_kwargs={}, skipinit=True), num_classes=10), images(8)
+
+
+@network('timm/nfnet', stages__0__0__conv3='constant', stages__1__0__conv3='constant')  # the gain of each last conv starts at zero
+def _():
+    from timm.models.nfnet import NfCfg, NormFreeNet
+    return NormFreeNet(NfCfg(depths=(1, 1), channels=(32, 64), stem_type='3x3', stem_chs=16, group_size=8), num_classes=10), images(8)
+
+
+@network('timm/resnetv2_bit', **{k: 'unresponsive' for k in ('stem__conv', 'stages__0__blocks__0__downsample__conv', *(f'stages__0__blocks__0__conv{i}' for i in (1, 2, 3)))})
+def _():  # weight-standardized convs without a gain: nothing scales them
+    from functools import partial
+    from timm.layers import GroupNormAct, StdConv2d
+    from timm.models.resnetv2 import ResNetV2
+    return ResNetV2([1], channels=(32,), num_classes=10, stem_chs=16, conv_layer=partial(StdConv2d, eps=1e-8), norm_layer=partial(GroupNormAct, num_groups=8), stem_type='fixed'), images(8)
 
 
 # --- fastai
 
-@network('fastai/xresnet18_sa', **{'4__0__convpath__2__query__0': 'unresponsive'})
+@network('fastai/xresnet18_sa', **{'4__1__convpath__2__conv': 'constant'})  # the attention is fed by a batch norm that starts at zero
 def _():
     from fastai.vision.models.xresnet import xresnet18
     return xresnet18(n_out=10, sa=True), images(16)
@@ -93,7 +181,7 @@ def _():
     return xresnext18(n_out=10, act_cls=Mish), images(16)
 
 
-@network('fastai/unet')
+@network('fastai/unet', **{f'layers__5__conv2__2__{l}__0': 'unresponsive' for l in ('query', 'key', 'value')})  # spectral norm
 def _():
     from fastai.vision.learner import create_body
     from fastai.vision.models.unet import DynamicUnet
@@ -108,7 +196,7 @@ def _():
     return model, (torch.stack([torch.randint(0, 10, (64,)), torch.randint(0, 5, (64,))], 1), torch.randn(64, 4))
 
 
-@network('fastai/awd_lstm_lm')
+@network('fastai/awd_lstm_lm', **{'1__decoder': 'tied'})
 def _():
     from fastai.text.models.awdlstm import AWD_LSTM
     from fastai.text.models.core import get_language_model
@@ -193,11 +281,11 @@ def _():
     return Mod(forward, stem=nn.Conv2d(3, 16, 3), cell=nn.Conv2d(16, 16, 3, padding=1), head=nn.Linear(16, 10)), images(16, 16)
 
 
-@network('hand/recurrent_residual')  # one block, called six times, each time added to its input
+@network('hand/recurrent_residual')  # one block, called four times, each time added to its input
 def _():
     def forward(self, x):
         x = self.stem(x)
-        for _ in range(6): x = x + self.out(F.gelu(self.into(x)))
+        for _ in range(4): x = x + self.out(F.gelu(self.into(x)))
         return self.head(x)
     return Mod(forward, stem=nn.Linear(8, 32), into=nn.Linear(32, 64), out=nn.Linear(64, 32), head=nn.Linear(32, 4)), torch.randn(128, 8)
 

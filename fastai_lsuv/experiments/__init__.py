@@ -1,0 +1,1 @@
+"The studies of the source documents: their networks and data."

@@ -1,0 +1,367 @@
+"Weights that mean something are not overwritten: each case says so in one line, and each can be overridden."
+import pickle
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from fastai.basics import Adam, DataLoaders, OptimWrapper, SGD, TfmdDL, load_learner, params, set_seed
+from fastai.callback.schedule import Learner  # with `fit_one_cycle`, `lr_find`
+from fastai.text.all import AWD_LSTM
+from fastai.vision.all import resnet18, unet_learner, vision_learner
+from learners import *
+
+from fastai_lsuv import LSUVCallback
+from fastai_lsuv.units import find_units
+
+AS_IT_WAS = 'LSUV left the model as it is: '
+
+
+def after_lsuv(learn, fit=None):
+    "The weights that training starts with."
+    seen = []
+    learn.fit(1, 0., cbs=Around(lambda l: seen.append(weights(l.model)), 11)) if fit is None else fit(Around(lambda l: seen.append(weights(l.model)), 11))
+    return seen[-1]
+
+
+def left(learn, why, fit=None):
+    "Assert that the next fit leaves every weight, and says why in one line."
+    learn.lines.clear()
+    w = weights(learn.model)
+    assert same(after_lsuv(learn, fit), w)
+    assert said(learn) == [f'{AS_IT_WAS}{why}. `learn.lsuv_init()` initializes it anyway.']
+
+
+def initialized(learn, fit=None, kept=()):
+    "Assert that the next fit initializes the model, but for the parameters `kept`, and says so in one line."
+    learn.lines.clear()
+    ids = {id(p) for p in kept}
+    torch.rand(9)  # or the same orthonormal weights would be drawn again
+    w,names = weights(learn.model),[n for n, _ in learn.model.named_parameters()]
+    now = after_lsuv(learn, fit)
+    assert len(said(learn)) == 1 and ' at the target std' in said(learn)[0], learn.lines
+    units = {id(k.value) for u in find_units(learn.model) for k in u.scales}
+    for n, p, a, b in zip(names, learn.model.parameters(), w, now):
+        if id(p) in units: assert torch.equal(a, b) == (id(p) in ids), n
+        elif p.dim() > 1: assert torch.equal(a, b), n
+
+
+# --- once
+
+def test_the_first_fit_and_no_other():
+    learn = learner(cbs=LSUVCallback())
+    initialized(learn)
+    left(learn, 'it was initialized before an earlier fit')
+    learn.fit_one_cycle(1)
+    assert len(said(learn)) == 2
+
+
+def test_silent_without_logging():
+    learn = learner(cbs=LSUVCallback())
+    with learn.no_logging():
+        for _ in range(2): learn.fit(1)
+    assert learn.lines == [] and learn.lsuv.report.ok
+
+
+def test_reset_and_every_fit_and_lsuv_init():
+    learn = learner(cbs=LSUVCallback())
+    learn.fit(1)
+    learn.lsuv.reset()
+    initialized(learn)
+    left(learn, 'it was initialized before an earlier fit')
+    report = learn.lsuv_init()
+    assert report is learn.lsuv.report and report.ok
+    learn.lsuv.every_fit = True
+    initialized(learn); initialized(learn)
+
+
+def test_a_callback_for_each_fit():
+    learn = learner()
+    first,second = LSUVCallback(),LSUVCallback()
+    learn.fit_one_cycle(1, cbs=first)
+    assert first.report.ok and not hasattr(learn, 'lsuv')
+    left(learn, 'it was initialized before an earlier fit', lambda cb: learn.fit_one_cycle(1, cbs=[second, cb]))
+    assert second.report is None
+    initialized(learn, lambda cb: learn.fit(1, cbs=[LSUVCallback(every_fit=True), cb]))
+
+
+def test_two_at_once():
+    learn = learner(cbs=[LSUVCallback(), LSUVCallback()])
+    learn.fit(1)
+    assert len(said(learn)) == 2 and said(learn)[1].startswith(AS_IT_WAS)
+
+
+@pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=0.9), Adam, partial(OptimWrapper, opt=torch.optim.SGD), partial(OptimWrapper, opt=torch.optim.AdamW)],
+                         ids=['sgd', 'momentum', 'adam', 'torch sgd', 'torch adamw'])
+def test_trained_before_it_was_attached(opt_func):
+    learn = learner(opt_func=opt_func)
+    learn.fit(1)
+    learn.add_cb(LSUVCallback())
+    left(learn, 'it has been trained')
+    learn.lsuv.reset()
+    initialized(learn)
+
+
+def test_trained_by_another_learner():
+    "As when a model is trained on at a larger size."
+    model = cnn()
+    learner(model=model).fit(1)
+    left(learner(model=model, cbs=LSUVCallback()), 'it has been trained')
+    initialized(learner(model=model, cbs=LSUVCallback(force=True)))
+    left(learner(model=model, cbs=LSUVCallback(force=True)), 'it was initialized before an earlier fit')
+
+
+def test_a_backward_pass_is_no_training():
+    learn = learner(cbs=LSUVCallback())
+    learn.model(torch.randn(2, 3, 12, 12)).sum().backward()
+    initialized(learn)
+
+
+def test_a_new_optimizer_forgets_nothing():
+    learn = learner()
+    learn.fit(1)
+    left(learn, 'it has been trained', lambda cb: learn.fit(1, reset_opt=True, cbs=[LSUVCallback(), cb]))
+
+
+def test_another_model_is_another_matter():
+    learn = learner(cbs=LSUVCallback())
+    learn.fit(1)
+    learn.model,learn.opt = cnn(),None
+    initialized(learn)
+
+
+def test_start_epoch():
+    left(learn := learner(cbs=LSUVCallback()), 'training goes on from epoch 2', lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
+    initialized(learn := learner(cbs=LSUVCallback(force=True)), lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
+
+
+# --- lr_find
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def expected(make=None):
+    "What LSUV makes of the model by itself."
+    learn = (make or learner)(cbs=LSUVCallback())
+    set_seed(5)
+    learn.lsuv_init()
+    return weights(learn.model)
+
+
+OPTS = [Adam, SGD, partial(OptimWrapper, opt=torch.optim.SGD)]
+
+
+@pytest.mark.parametrize('opt_func', OPTS, ids=['adam', 'sgd', 'torch sgd'])
+def test_lr_find_leaves_the_lsuv_network(here, opt_func):
+    learn = learner(cbs=LSUVCallback(), opt_func=opt_func)
+    set_seed(5)
+    learn.lr_find(num_it=8, show_plot=False)
+    assert learn.lsuv.report.ok and same(weights(learn.model), expected()) and said(learn) == []
+    left(learn, 'it was initialized before an earlier fit')
+
+
+@pytest.mark.parametrize('opt_func', OPTS, ids=['adam', 'sgd', 'torch sgd'])
+def test_lr_find_before_it_is_attached(here, opt_func):
+    learn = learner(opt_func=opt_func)
+    learn.lr_find(num_it=8, show_plot=False)
+    initialized(learn, lambda cb: learn.fit_one_cycle(1, 0., cbs=[LSUVCallback(), cb]))
+
+
+# --- frozen, pretrained
+
+def test_frozen_weights():
+    learn = learner(cbs=LSUVCallback())
+    frozen = learn.model[3]
+    for p in frozen.parameters(): p.requires_grad_(False)
+    initialized(learn, kept=frozen.parameters())
+    assert learn.lsuv.report['3'].status == 'frozen' and "frozen" in said(learn)[0]
+
+
+def split(model): return [params(model[:4]), params(model[4:])]
+
+
+def test_a_frozen_group():
+    learn = learner(splitter=split, cbs=LSUVCallback())
+    learn.freeze()
+    initialized(learn, kept=learn.model[:4].parameters())
+
+
+def test_frozen_when_it_was_attached():
+    "A body that was frozen means something, even once it is unfrozen."
+    learn = learner(splitter=split)
+    learn.freeze()
+    learn.add_cb(LSUVCallback())
+    learn.unfreeze()
+    initialized(learn, kept=learn.model[:4].parameters())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    "Pretrained weights, without a network."
+    import torchvision.models
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: pretrained_weights(torchvision.models.resnet18()))
+
+
+def small_images(n=8): return DataLoaders(TfmdDL(images(n, size=32), bs=4, shuffle=True, after_batch=[]), TfmdDL(images(4, size=32), bs=4))
+
+
+def test_vision_learner_pretrained(hub, monkeypatch):
+    "torchvision's own path; the body is not looked at, so the first block will do."
+    from fastai.vision.learner import model_meta
+    monkeypatch.setitem(model_meta, resnet18, {**model_meta[resnet18], 'cut': -5})
+    def make(**kwargs): return quiet(vision_learner(small_images(), resnet18, n_out=4, cbs=LSUVCallback(**kwargs), lin_ftrs=[16], loss_func=CrossEntropyLossFlat()))
+    initialized(learn := make(), kept=learn.model[0].parameters())
+    learn = make()
+    learn.unfreeze()
+    initialized(learn, kept=learn.model[0].parameters())
+
+
+@pytest.mark.parametrize('pretrained', [True, False])
+@pytest.mark.parametrize('factory', [vision_learner, unet_learner])
+def test_vision_factories(factory, pretrained):
+    def make(**kwargs):
+        set_seed(0)
+        return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs), loss_func=lambda p, y: p.float().mean(), **(dict(lin_ftrs=[16]) if factory is vision_learner else {})))
+    for unfrozen in False, True:
+        learn = make()
+        if unfrozen: learn.unfreeze()
+        initialized(learn, kept=learn.model[0].parameters() if pretrained else ())
+    learn = make(force=True)
+    learn.unfreeze()
+    initialized(learn)
+
+
+def test_fine_tune(hub):
+    set_seed(0)
+    learn = quiet(vision_learner(small_images(), body, n_out=4, lin_ftrs=[16], cbs=LSUVCallback(), loss_func=CrossEntropyLossFlat()))
+    seen = []
+    w = weights(learn.model[0])
+    learn.fine_tune(1, cbs=Around(lambda l: seen.append(weights(l.model[0]))))
+    first,second = said(learn)
+    assert ' at the target std' in first and second.startswith(AS_IT_WAS) and same(seen[0], w)
+    assert {r.name.split('.')[0] for r in learn.lsuv.report if r.status != 'frozen'} == {'1'}
+
+
+@pytest.fixture
+def wiki(tmp_path, monkeypatch):
+    "The files that the text factories would download."
+    def save(learn):
+        (tmp_path/'wt').mkdir()
+        torch.save(pretrained_weights(learn.model), tmp_path/'wt'/'m.pth')
+        (tmp_path/'wt'/'m.pkl').write_bytes(pickle.dumps(['xxunk', 'xxpad', *WORDS]))
+        monkeypatch.setattr('fastai.text.learner.untar_data', lambda *args, **kwargs: tmp_path/'wt')
+    return save
+
+
+def test_language_model_pretrained(wiki):
+    wiki(language())
+    learn = language(LSUVCallback(), pretrained=True)
+    learn.unfreeze()
+    left(learn, 'its weights were loaded')
+    initialized(language(LSUVCallback(force=True), pretrained=True))
+    initialized(language(LSUVCallback()))
+
+
+def test_text_classifier_pretrained(wiki):
+    wiki(language())
+    learn = classifier(LSUVCallback(), pretrained=True)
+    learn.unfreeze()
+    body = weights(learn.model[0])
+    initialized(learn)  # the head: the body has no units
+    assert same(weights(learn.model[0]), body) and learn.lsuv.report
+
+
+# --- loaded
+
+@pytest.mark.parametrize('with_opt', [True, False])
+@pytest.mark.parametrize('trained', [True, False])
+def test_load(here, with_opt, trained):
+    a = learner()
+    if trained: a.fit(1)
+    else: a.create_opt()
+    a.save('a', with_opt=with_opt)
+    learn = learner(cbs=LSUVCallback())
+    learn.load('a', **({} if with_opt else dict(with_opt=False)))
+    left(learn, 'it has been trained' if trained and with_opt else 'its weights were loaded')
+    for anyway in [lambda l: setattr(l.lsuv, 'force', True), lambda l: l.lsuv.reset()]:
+        learn = learner(cbs=LSUVCallback())
+        learn.load('a')
+        anyway(learn)
+        initialized(learn)
+    learn = learner(cbs=LSUVCallback())
+    learn.load('a')
+    assert learn.lsuv_init().ok
+    left(learn, 'it was initialized before an earlier fit')
+
+
+def test_load_a_part(here):
+    learn = learner(cbs=LSUVCallback())
+    learn.model.load_state_dict({k: v for k, v in cnn().state_dict().items() if k.startswith('0.')}, strict=False)
+    initialized(learn, kept=learn.model[0].parameters())
+    assert [r.status for r in learn.lsuv.report][0] == 'frozen'
+
+
+def test_loaded_then_copied(here):
+    learn = learner(cbs=LSUVCallback())
+    learn.model.load_state_dict(cnn().state_dict())
+    learn = deepcopy(learn)
+    learn.logger = learn.lines.append
+    left(learn, 'its weights were loaded')
+    fresh = deepcopy(learner(cbs=LSUVCallback()))
+    fresh.logger = fresh.lines.append
+    initialized(fresh)
+    again = deepcopy(fresh)
+    again.logger = again.lines.append
+    left(again, 'it was initialized before an earlier fit')
+
+
+def test_a_failed_pass_loads_nothing():
+    "Weights that were put back are not taken for loaded ones."
+    learn = learner(cbs=LSUVCallback())
+    hook = learn.model[-1].register_forward_hook(raises)
+    with pytest.raises(RuntimeError, match='hook'): learn.fit(1)
+    hook.remove()
+    initialized(learn)
+
+
+def raises(*args): raise RuntimeError('hook')
+
+
+def test_load_learner(here):
+    learn = vision(LSUVCallback())
+    learn.path = here
+    learn.export('before.pkl')
+    learn.fit(1)
+    learn.export('after.pkl')
+    for file in 'before.pkl', 'after.pkl':
+        new = load_learner(here/file)
+        new.dls,new.lines = loaders(),[]
+        new.logger = new.lines.append
+        left(new, 'it comes from a file')
+        assert (new.lsuv.report is None) == (file == 'before.pkl')
+        new.lsuv.reset()
+        initialized(new)
+
+
+def test_the_exported_file_grows_by_the_report_alone(here):
+    sizes = {}
+    for name, cbs in [('with', LSUVCallback()), ('without', None)]:
+        learn = vision(cbs)
+        learn.path = here
+        learn.fit(1)
+        learn.lines.clear()
+        learn.export()
+        sizes[name] = (here/'export.pkl').stat().st_size
+        if cbs: report = len(pickle.dumps(learn.lsuv.report))
+    assert sizes['with'] - sizes['without'] < report + 1000, (sizes, report)
+
+
+def test_pickle_and_copy():
+    cb = LSUVCallback(order='mean std', tol=0.01)
+    learner(cbs=cb).fit(1)
+    cb.learn = None
+    for new in pickle.loads(pickle.dumps(cb)), deepcopy(cb):
+        assert new.options == cb.options and list(new.report) == list(cb.report) and repr(new) == repr(cb)

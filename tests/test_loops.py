@@ -1,0 +1,118 @@
+"The order mini-language, and the loops on made-up meters."
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastai_lsuv.loops import ORDERS, AffineMeter, parse_order, run_loops
+from fastai_lsuv.moments import channel_moments
+
+one = lambda v: torch.tensor([v], dtype=torch.float64)
+
+
+@pytest.mark.parametrize('order, loops', [
+    ('std mean', (('std',), ('mean',))), ('mean std', (('mean',), ('std',))), ('mean+std', (('mean', 'std'),)), ('std+mean', (('std', 'mean'),)),
+    ('mean std mean std', (('mean',), ('std',))*2), ('std', (('std',),)), ('  mean\n mean+std ', (('mean',), ('mean', 'std')))])
+def test_reading_an_order(order, loops): assert parse_order(order) == loops
+
+
+def test_the_orders_of_the_documents_are_all_read():
+    assert list(ORDERS) == ['std mean', 'mean std', 'mean+std', 'mean std mean std', 'std'] and all(map(parse_order, ORDERS))
+
+
+@pytest.mark.parametrize('order, error, says', [
+    ('var', ValueError, "unknown word 'var'"), ('std, mean', ValueError, "unknown word 'std,'"), ('Std', ValueError, "unknown word 'Std'"), ('mean+', ValueError, "unknown word ''"),
+    ('', ValueError, 'holds no loop'), ('  ', ValueError, 'holds no loop'), ('mean+mean', ValueError, 'names a word twice'),
+    (None, TypeError, 'NoneType'), (['std'], TypeError, 'list'), (1, TypeError, 'int')])
+def test_what_is_no_order(order, error, says):
+    with pytest.raises(error) as e: parse_order(order)
+    assert str(e.value).startswith('order: ') and says in str(e.value) and "'mean' and 'std'" in str(e.value)
+
+
+class Made:
+    "A meter of a mean and a std that answer to a shift and a scale by these functions, and a log of what was done."
+    can_shift,affine = True,False
+    def __init__(self, mean, std, shift=lambda m, s, by: (m + by, s), scale=lambda m, s, by: (m*by, s*by)):
+        self.mean,self.std,self._shift,self._scale,self.did = one(mean),one(std),shift,scale,[]
+    def stats(self): self.did.append('stats'); return self.mean, self.std
+    def shift(self, by): self.did.append('shift'); self.mean,self.std = self._shift(self.mean, self.std, by)
+    def scale(self, by): self.did.append('scale'); self.mean,self.std = self._scale(self.mean, self.std, by)
+    def moves(self): return [d for d in self.did if d != 'stats']
+
+
+def run(meter, order, mean=0., std=1., tol=1e-3, steps=100): return run_loops(parse_order(order), meter, mean, std, tol, steps)
+
+
+@pytest.mark.parametrize('order, moves, mean, std', [
+    ('std mean', ['scale', 'shift'], 0., 1.), ('mean std', ['shift', 'scale'], 0., 1.), ('mean+std', ['shift', 'scale'], 0., 1.), ('std', ['scale'], 1.5, 1.), ('mean', ['shift'], 0., 2.)])
+def test_moves_of_an_order(order, moves, mean, std):
+    m = Made(3., 2.)
+    # Shifting after scaling means shifting the scaled mean; the joint loop shifts by what it measured before it scaled.
+    assert run(m, order) == '' and m.moves()[:2] == moves
+    assert m.mean.item() == pytest.approx(mean, abs=1e-3) and m.std.item() == pytest.approx(std, abs=1e-3)
+
+
+def test_a_statistic_within_tolerance_is_left_alone():
+    for order in ('std mean', 'mean+std'):
+        m = Made(9e-4, 2., scale=lambda m, s, by: (m, s*by))
+        assert run(m, order) == '' and m.moves() == ['scale'] and m.mean.item() == 9e-4
+        m = Made(0.5, 1.0009)
+        assert run(m, order) == '' and m.moves() == ['shift'] and m.std.item() == 1.0009
+        assert Made(9e-4, 0.9991).moves() == []
+
+
+def test_both_statistics_of_a_joint_loop_are_taken_before_either_is_corrected():
+    by = []
+    m = Made(2., 4., shift=lambda m, s, b: (by.append(b.item()), (m + b, s*0.5))[1])
+    run(m, 'mean+std', steps=1)
+    assert by == [-2.] and m.std.item() == 4*0.5/4
+
+
+def test_targets():
+    m = Made(3., 2.)
+    assert run(m, 'std mean', mean=-1., std=0.2) == '' and m.mean.item() == pytest.approx(-1) and m.std.item() == pytest.approx(0.2)
+
+
+def test_a_unit_without_bias_is_scaled_only():
+    m = Made(3., 2.); m.can_shift = False
+    assert run(m, 'mean std mean+std') == '' and m.moves() == ['scale']
+
+
+def test_the_ends_of_a_loop():
+    assert run(Made(0., 2., scale=lambda m, s, by: (m, s)), 'std') == 'unresponsive'
+    assert run(Made(0., 2., scale=lambda m, s, by: (m, s*by**0.05)), 'std') == 'unresponsive'
+    assert run(Made(0., 2., scale=lambda m, s, by: (m, s*by**0.5)), 'std') == ''  # slow is not deaf
+    assert run(Made(0., 0.5, scale=lambda m, s, by: (m, s*by**0.05)), 'std', steps=200) == ''  # nor is what has to grow, as long as it stirs
+    assert run(Made(0., 0.5, scale=lambda m, s, by: (m, s*by**1e-4)), 'std') == 'unresponsive'
+    assert run(Made(3., 1., shift=lambda m, s, by: (m, s)), 'mean') == 'immovable'
+    assert run(Made(3., 1., shift=lambda m, s, by: (m*0.2, s*0.2)), 'mean') == 'immovable'  # the mean goes only as the activations die
+    assert run(Made(0., 2., scale=lambda m, s, by: (m, s*float('nan'))), 'std') == 'non-finite'
+    assert run(Made(0., 0.), 'std') == ''  # what does not vary is left as it is
+    m = Made(0., 2., scale=lambda m, s, by: (m, s*by**0.5))
+    run(m, 'std', steps=3)
+    assert m.moves() == ['scale']*3
+
+
+@pytest.mark.parametrize('weight, biases, says', [(1e-9, 0.5, ''), (1., 0.9, ''), (30., 0.9, ''), (1., 3., 'unresponsive'), (1e-9, 3., 'unresponsive')])
+def test_an_affine_unit_is_given_up_only_if_its_biases_outweigh_the_target(weight, biases, says):
+    z, b = torch.randn(256, 64, dtype=torch.float64)*weight, torch.randn(64, dtype=torch.float64)
+    meter = AffineMeter(channel_moments(z), b/b.std(correction=0)*biases, True, False)
+    assert run(meter, 'std mean') == says
+    if not says: assert meter.stats()[1].item() == pytest.approx(1, abs=1.1e-3) and meter.stats()[0].item() == pytest.approx(0, abs=1e-3)
+
+
+def test_a_tolerance_below_rounding_is_no_reason_to_give_up():
+    meter = AffineMeter(channel_moments(torch.randn(256, 8) + 3), torch.randn(8, dtype=torch.float64)/3, True, False)
+    assert run(meter, 'mean+std', tol=1e-30) == '' and meter.stats()[1].item() == pytest.approx(1, abs=1e-9)
+
+
+@given(st.integers(0, 9999), st.sampled_from([*ORDERS, 'mean', 'std mean std', 'mean+std std']), st.booleans())
+def test_the_affine_meter_says_what_the_output_would_be(seed, order, per_channel):
+    torch.manual_seed(seed)
+    z, b = torch.randn(64, 4, 3, dtype=torch.float64)*torch.rand(4, 1).add(.3), torch.randn(4, dtype=torch.float64)*0.2
+    meter = AffineMeter(channel_moments(z, by_channel=per_channel), b, True, per_channel)
+    run(meter, order)
+    o = z*meter.weight_scale.view(-1, 1) + (b + meter.bias_shift)[:, None]
+    want = channel_moments(o).stats(per_channel)
+    for got, w in zip(meter.stats(), want): torch.testing.assert_close(got, w, rtol=1e-9, atol=1e-9)
+    if order.split()[-1] != 'mean': torch.testing.assert_close(meter.stats()[1], torch.ones_like(want[1]), rtol=0, atol=1.001e-3)

@@ -1,0 +1,184 @@
+"Channel moments against float64 numpy: every layout, dtype and magnitude; pooling; ranks."
+import socket
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastai_lsuv.moments import Moments, all_ranks, channel_moments, first_tensor, pool
+
+
+def by_numpy(x, dim):
+    "Mean and population variance of each channel, in float64."
+    a = np.moveaxis(x.detach().as_subclass(torch.Tensor).double().numpy(), dim, 0)
+    a = a.reshape(len(a), -1)
+    return a.mean(1), a.var(1)
+
+
+def check(x, dim=1, rel=1e-5):
+    "Both forms of `channel_moments(x)` against numpy."
+    mean, var = by_numpy(x, dim)
+    whole = x.detach().as_subclass(torch.Tensor).double().numpy()
+    tiny = rel*max(var.mean()**0.5, 1e-30)
+    for by_channel in (True, False):
+        m = channel_moments(x, dim, by_channel)
+        assert m.count == x.numel()//x.shape[dim] and m.mean.dtype == m.var.dtype == torch.float64
+        np.testing.assert_allclose(m.mean.numpy(), mean, rtol=rel, atol=tiny)
+        np.testing.assert_allclose(m.var.numpy(), var if by_channel else [var.mean()], rtol=rel, atol=tiny**2)
+        got_mean, got_std = m.stats()
+        np.testing.assert_allclose(got_mean.item(), whole.mean(), rtol=rel, atol=tiny)
+        if x.numel() > 1: np.testing.assert_allclose(got_std.item(), whole.std(ddof=1), rtol=rel, atol=tiny)
+    if m.count > 1:
+        got_mean, got_std = channel_moments(x, dim, True).stats(per_channel=True)
+        np.testing.assert_allclose(got_std.numpy(), (var*m.count/(m.count - 1))**0.5, rtol=rel, atol=tiny)
+
+
+SHAPES = [(7,), (16, 5), (4, 3, 9), (4, 6, 5, 7), (2, 3, 4, 5, 6), (1, 8, 1, 1), (1, 1), (5, 1, 3, 3)]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_every_dimension_can_hold_the_channels(shape):
+    x = torch.randn(shape)*torch.rand(shape[-1])*3 + 0.5
+    for dim in range(-len(shape), len(shape)): check(x, dim)
+
+
+LAYOUTS = {
+    'channels_last': lambda: torch.randn(4, 6, 5, 7).contiguous(memory_format=torch.channels_last),
+    'channels_last_3d': lambda: torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d),
+    'permuted': lambda: torch.randn(5, 7, 6, 4).permute(3, 2, 0, 1),
+    'strided': lambda: torch.randn(8, 12, 10, 7)[::2, ::2, ::2],
+    'expanded': lambda: torch.randn(4, 6, 1, 1).expand(4, 6, 5, 7),
+    'flipped view': lambda: torch.randn(4*6*35).view(4, 6, 35).transpose(0, 2),
+    'offset': lambda: torch.randn(5, 6, 5, 7)[1:],
+}
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layouts(layout):
+    x = LAYOUTS[layout]() + 0.
+    for dim in range(x.dim()): check(LAYOUTS[layout](), dim)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
+def test_half_is_accumulated_in_float32_or_better(dtype, layout):
+    x = (torch.randn(64, 16, 32, 32) + 3).to(dtype)  # a sum in half precision would be off by percents, or infinite
+    if layout == 'channels_last': x = x.contiguous(memory_format=torch.channels_last)
+    check(x)
+    check(x.flatten(1)[:, :100], -1)
+
+
+def test_float16_squares_do_not_overflow():
+    check(torch.full((2, 3, 4), 60000.).half() - torch.rand(2, 3, 4).half()*30000)
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels_last', 'linear'])
+@pytest.mark.parametrize('offset', [1e4, -1e6])
+def test_a_mean_that_dwarfs_the_std(layout, offset):
+    x = torch.randn(32, 6, 14, 14) + offset
+    if layout == 'channels_last': x = x.contiguous(memory_format=torch.channels_last)
+    if layout == 'linear': x = x.flatten(0, 1).flatten(1)
+    check(x, rel=2e-5)
+
+
+def test_one_channel_off_zero_among_others():
+    x = torch.randn(64, 4, 8, 8)
+    x[:, 2] += 5e3
+    check(x, rel=1e-4)
+
+
+@pytest.mark.parametrize('value', [0., 1., -3.7, 1e4])
+@pytest.mark.parametrize('shape', [(8, 3, 5, 5), (16, 4)])
+def test_constants(value, shape):
+    m = channel_moments(torch.full(shape, value))
+    assert torch.allclose(m.mean, torch.full_like(m.mean, value), rtol=1e-6)
+    assert (m.var <= (1e-6*abs(value))**2).all() and (m.var >= 0).all()
+
+
+def test_one_element_has_no_std():
+    m = channel_moments(torch.tensor([[2.5]]))
+    mean, std = m.stats()
+    assert mean.item() == 2.5 and std.isnan() and m.finite()
+    mean, _ = channel_moments(torch.tensor(2.5)).stats()  # a scalar
+    assert mean.item() == 2.5
+
+
+def test_not_finite():
+    for bad in (float('nan'), float('inf')):
+        x = torch.randn(4, 3, 5); x[1, 2, 3] = bad
+        assert not channel_moments(x).finite() and not channel_moments(x, by_channel=False).finite()
+    assert channel_moments(torch.randn(4, 3, 5)).finite()
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match='complex64'): channel_moments(torch.randn(4, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r'batches: .*\(0, 3\) is empty'): channel_moments(torch.empty(0, 3))
+
+
+def test_tensor_subclass():
+    from fastai.vision.core import TensorImage
+    x = TensorImage(torch.rand(4, 3, 8, 8, requires_grad=True))
+    check(x)
+    assert type(channel_moments(x).mean) is torch.Tensor
+
+
+def test_the_activation_is_not_changed():
+    x = torch.randn(4, 3, 8, 8) + 1e4
+    was = x.clone()
+    channel_moments(x)
+    assert torch.equal(x, was)
+
+
+@given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=5), by_channel=st.booleans(), seed=st.integers(0, 999))
+def test_pool_is_the_moments_of_all_together(parts, by_channel, seed):
+    torch.manual_seed(seed)
+    xs = [torch.randn(n, 3, 4, dtype=torch.float64)*(i + 1) + torch.randn(3, 1)*4 for i, n in enumerate(parts)]
+    got = pool([channel_moments(x, by_channel=by_channel) for x in xs])
+    want = channel_moments(torch.cat(xs), by_channel=by_channel)
+    assert got.count == want.count
+    for a, b in zip([got.mean, got.var, *got.stats()], [want.mean, want.var, *want.stats()]): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@given(scale=st.floats(-3, 3), seed=st.integers(0, 999))
+def test_affine_is_the_moments_of_the_scaled_and_shifted(scale, seed):
+    torch.manual_seed(seed)
+    x, shift = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    for by_channel in (True, False):
+        got, want = channel_moments(x, by_channel=by_channel).affine(scale, shift), channel_moments(x*scale + shift[:, None], by_channel=by_channel)
+        torch.testing.assert_close(got.mean, want.mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got.var, want.var, rtol=1e-7, atol=1e-7)
+
+
+def test_first_tensor():
+    x, i = torch.randn(2), torch.arange(2)
+    for out in (x, (x, i), [i, x], {'a': i, 'b': (None, x)}, ((i, [x]),)): assert first_tensor(out) is x
+    for out in (None, i, 'x', (), {'a': i}): assert first_tensor(out) is None
+
+
+def test_one_process_pools_nothing():
+    m = channel_moments(torch.randn(4, 3))
+    assert all_ranks(m) is m
+
+
+def _rank(rank, port, results):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    x = torch.arange(60.).view(10, 3, 2)
+    m = all_ranks(channel_moments(x[:4] if rank == 0 else x[4:]))
+    results.put((rank, m.count, m.mean.tolist(), m.var.tolist()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # starts two processes
+def test_ranks_pool_to_the_same_bits():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    results = mp.get_context('spawn').SimpleQueue()
+    mp.spawn(_rank, args=(port, results), nprocs=2)
+    (_, *a), (_, *b) = sorted([results.get(), results.get()])
+    want = channel_moments(torch.arange(60.).view(10, 3, 2))
+    assert a == b and a[0] == want.count
+    np.testing.assert_allclose(a[1], want.mean), np.testing.assert_allclose(a[2], want.var)

@@ -1,0 +1,201 @@
+"What `lsuv_init` and `layer_stats` leave as it was: all but weights and biases when they succeed, all of it when they fail."
+import random
+import warnings
+from collections import Counter, deque
+
+import numpy as np
+import pytest
+import torch
+from fingerprint import contents, fingerprint
+from lesson11 import ConvLayer, LearnableConvLayer, lesson11
+from networks import Mod
+from torch import nn
+
+from fastai_lsuv import layer_stats, lsuv_init
+
+
+class Stateful(nn.Module):
+    "Everything that a forward pass may leave behind."
+    def __init__(self):
+        super().__init__()
+        self.conv,self.bn,self.drop,self.frozen_bn = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Dropout(0.3),nn.BatchNorm2d(8)
+        self.old = torch.nn.utils.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+        self.spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
+        self.container = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.rnn = nn.LSTM(8, 8, num_layers=2, dropout=0.4, batch_first=True)
+        self.attn = nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True)
+        self.emb = nn.Embedding(5, 8, max_norm=0.5)
+        self.start,self.started = nn.Parameter(torch.zeros(1, 8, 1, 1)),False  # as an ActNorm takes its start from data
+        self.head = nn.Linear(8, 4)
+        self.calls,self.log,self.by_name,self.counts,self.last = 0,[],{'std': []},Counter(),deque([0, 0], maxlen=2)
+        self.hidden,self.pair,self.array,self.rng = torch.zeros(2, 1, 8),(torch.zeros(3), [0]),np.zeros(3),random.Random(3)
+        self.register_buffer('ema', torch.zeros(8))
+        self.register_buffer('mask', torch.ones(8).expand(3, 8))
+        self.register_buffer('none', None)
+        self.sparse = torch.eye(3).to_sparse()
+        self.frozen_bn.eval(), self.drop.eval(), self.spectral.eval()
+        self.trap = None
+
+    def forward(self, x):
+        if not self.started: self.start.data.copy_(x.mean()); self.started = True
+        self.calls += 1; self.log.append(x.shape); self.by_name['std'].append(x.std().item()); self.counts['x'] += 1; self.last.append(self.calls)
+        x = self.frozen_bn(self.drop(self.bn(self.conv(x)))) + self.start
+        self.ema.lerp_(x.mean((0, 2, 3)), 0.1)
+        x = self.container(self.spectral(self.old(x)))
+        if self.trap is not None: self.trap()
+        x = x.flatten(2).transpose(1, 2) + self.emb.weight.mean() + self.emb(torch.arange(4)).mean()
+        y, (self.hidden, self.cell) = self.rnn(x)
+        self.pair[0].add_(1), self.pair[1].append(1)
+        self.array += self.rng.random()
+        return self.head(self.attn(x, y, y)[0].mean(1))
+
+
+def stateful(): return Stateful(), torch.randn(8, 3, 6, 6)
+MODULES = ['conv', 'old', 'spectral', 'container', 'attn', 'head']
+
+
+def quietly(f, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return f(*args, **kwargs)
+
+
+def test_on_success_nothing_but_weights_and_biases_changes():
+    model, x = stateful()
+    was, params = fingerprint(model, weights=False), {n: contents(p) for n, p in model.named_parameters()}
+    report = quietly(lsuv_init, model, iter([x, x*3]), modules=MODULES)
+    now, changed = fingerprint(model, weights=False), {n for n, p in model.named_parameters() if contents(p) != params[n]}
+    del was['old']['weight'], now['old']['weight']  # computed from its parameters
+    assert now == was
+    units = ('conv.', 'old.', 'container.0.', 'attn.out_proj.', 'head.', 'spectral.')
+    assert changed and all(n.startswith(units) for n in changed) and {'conv.weight', 'old.weight_g', 'container.0.weight', 'head.bias', 'attn.out_proj.weight'} <= changed
+    assert report.n_passes >= 3 and report['conv'].status == 'ok' and [p.requires_grad for p in model.parameters()] == [True]*len(params)
+
+
+def test_layer_stats_changes_nothing_at_all():
+    model, x = stateful()
+    was = fingerprint(model)
+    layer_stats(model, x), layer_stats(model, x, modules=MODULES)
+    assert fingerprint(model) == was
+
+
+@pytest.mark.parametrize('error', [RuntimeError('out of memory'), KeyboardInterrupt(), StopIteration()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize('at', [1, 2, 3])
+def test_a_forward_that_fails_in_any_pass(error, at):
+    model, x = stateful()
+    passes = []
+    def trap():
+        passes.append(1)
+        if len(passes) == at: raise error
+    model.trap = trap
+    was = fingerprint(model)
+    with pytest.raises(type(error)): quietly(lsuv_init, model, [x, 3*x, 9*x, 27*x], modules=MODULES)
+    assert len(passes) == at and fingerprint(model) == was
+
+
+@pytest.mark.parametrize('unit', MODULES)
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_a_hook_that_fails_at_any_unit(unit, when):
+    model, x = stateful()
+    m, calls = model.get_submodule(unit), []
+    def fail(*args):
+        calls.append(1)
+        if len(calls) > 1: raise KeyboardInterrupt
+    hook = m.register_forward_pre_hook(fail) if when == 'before' else m.register_forward_hook(fail)
+    was = fingerprint(model)
+    with pytest.raises(KeyboardInterrupt): quietly(lsuv_init, model, [x, 3*x, 9*x], modules=MODULES)
+    assert fingerprint(model) == was
+
+
+@pytest.mark.parametrize('option', ['preinit', 'batches', 'target_std', 'get_input'])
+def test_a_function_of_the_users_that_fails(option):
+    model, x = stateful()
+    calls = []
+    def fail(*args):
+        calls.append(1)
+        if len(calls) > 2: raise ZeroDivisionError
+        return x*3**len(calls) if option == 'get_input' else 1.
+    def batches():
+        yield x; yield 3*x; fail(), fail(), fail()
+    options = dict(batches=batches()) if option == 'batches' else {'batches': [x, x, x, x], option: fail}
+    was = fingerprint(model)
+    with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, modules=MODULES, **options)
+    assert fingerprint(model) == was
+
+
+@pytest.mark.parametrize('bad', [float('nan'), 'shape'])
+def test_a_third_mini_batch_that_is_bad(bad):
+    model, x = stateful()
+    third = torch.full_like(x, bad) if bad != 'shape' else torch.randn(8, 4, 6, 6)
+    was = fingerprint(model)
+    with pytest.raises((ValueError, RuntimeError)): quietly(lsuv_init, model, [x, 3*x, third], modules=MODULES)
+    assert fingerprint(model) == was
+
+
+@pytest.mark.parametrize('layer', [ConvLayer, LearnableConvLayer])
+def test_what_stands_behind_properties_is_put_back_too(layer):
+    model = lesson11(layer, sub=0.25)
+    def trap(*args):
+        if float(model[0].bias) != -0.25: raise RuntimeError
+    model[4].register_forward_pre_hook(trap)
+    was = fingerprint(model)
+    with pytest.raises(RuntimeError): lsuv_init(model, torch.randn(8, 1, 28, 28), modules=ConvLayer)
+    assert fingerprint(model) == was and float(model[0].bias) == -0.25
+
+
+def test_others_hooks_stay_in_place_and_in_order():
+    model, x = stateful()
+    log = []
+    for m in (model, model.conv, model.head):
+        m.register_forward_hook(lambda m, a, o: log.append('after')), m.register_forward_pre_hook(lambda m, a: log.append('before'))
+    hooks = [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
+    quietly(lsuv_init, model, x, modules=MODULES)
+    assert hooks == [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
+    assert log.count('before') == log.count('after') >= 6
+
+
+def test_modes_of_a_mixed_model_and_dropout():
+    model, x = stateful()
+    model.eval(), model.container.train()
+    seen = []
+    model.bn.register_forward_hook(lambda m, a, o: seen.append((m.training, model.drop.p, model.rnn.dropout, model.attn.dropout)))
+    modes = {n: m.training for n, m in model.named_modules()}
+    quietly(lsuv_init, model, x, modules=MODULES)
+    assert {n: m.training for n, m in model.named_modules()} == modes and set(seen) == {(True, 0., 0., 0.)}
+    assert (model.drop.p, model.rnn.dropout, model.attn.dropout) == (0.3, 0.4, 0.2)
+
+
+def test_gradients_stay():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.grad = torch.ones(4, 4)
+    assert lsuv_init(model, torch.randn(32, 4)).ok and torch.equal(model[0].weight.grad, torch.ones(4, 4)) and model[0].weight.is_leaf
+
+
+def test_global_randomness_is_not_used_without_preinit():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4))
+    x = torch.randn(16, 4)
+    state = torch.get_rng_state()
+    lsuv_init(model, x, preinit=None)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bringing_lazy_layers_to_life_leaves_the_rest_as_it_was():
+    def forward(self, x):
+        self.log.append(1); self.hidden += 1
+        return self.lin(x)
+    model = Mod(forward, lin=nn.LazyLinear(3), log=[], hidden=torch.zeros(2))
+    assert lsuv_init(model, torch.randn(32, 4)).ok and model.log == [] and model.hidden.sum() == 0 and model.training and model.lin.training
+
+
+def test_in_inference_mode_and_under_no_grad():
+    x = torch.randn(64, 4)
+    for mode in (torch.no_grad, torch.inference_mode):
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        model[3].register_forward_hook(lambda m, a, o: None)
+        with mode(): assert lsuv_init(model, x).ok
+        model(x).sum().backward()
+
+
+def test_a_sparse_input():
+    model = Mod(lambda self, x, adj: self.b(torch.relu(torch.sparse.mm(adj, self.a(x)))), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    assert lsuv_init(model, (torch.randn(32, 4), (torch.eye(32) + torch.eye(32).roll(1, 0)).to_sparse())).ok
