@@ -4,7 +4,7 @@ Every conv, linear, bilinear and attention layer that runs is judged from outsid
 of its output, within the hook, over all its calls in a forward pass with the same mini-batch, in training mode with dropout,
 DropPath and StochasticDepth off. It is reached if its std is within 0.1 of 1. A model is judged as it was left, also where the
 initialization raised an exception or was cut off by the time limit, but then it does not count as whole."""
-import csv, importlib.util, math, signal, warnings
+import csv, importlib.util, math, signal, time, warnings
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 
@@ -33,17 +33,17 @@ class CutOff(BaseException): "The time is up. No `Exception`, which the code tha
 
 @contextmanager
 def limit(seconds):
-    "Raise `CutOff` after so many seconds, where the platform has alarms."
+    "Raise `CutOff` after so many seconds of processor time, where the platform has alarms."
     if not seconds or not hasattr(signal, 'setitimer'):
         yield
         return
     def stop(*args): raise CutOff
-    was = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    was = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try: yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, was)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, was)
 
 
 def layers(model):
@@ -100,7 +100,7 @@ def judge(network, package, tol, seconds):
     spare,_ = network()  # for forward passes that are to leave no trace
     spare = getattr(spare, '_orig_mod', spare)
     forward(spare, batch)
-    with calls(spare) as n: row['forward_seconds'] = timed(lambda: forward(spare, batch))
+    with calls(spare) as n: row['forward_seconds'] = timed(lambda: forward(spare, batch), clock=time.process_time)
     layer_calls,report = n[0],None
     def initialize():
         nonlocal report
@@ -108,7 +108,7 @@ def judge(network, package, tol, seconds):
             with limit(seconds): report = PACKAGES[package](model, batch)
         except CutOff: row['outcome'] = 'cut off'
         except Exception as e: row.update(outcome='failed', error=f'{type(e).__name__}: {e}'.splitlines()[0][:160])
-    with passes_begun(plain) as begun, calls(plain) as n: row['seconds'] = timed(initialize)
+    with passes_begun(plain) as begun, calls(plain) as n: row['seconds'] = timed(initialize, clock=time.process_time)
     row.update(passes_begun=begun[0], passes_worth=n[0]/max(layer_calls, 1))
     try: found = stds(plain, batch)
     except Exception as e:  # it was left in a state in which it does not run
@@ -185,9 +185,9 @@ def shown(v): return f'{v:.3f}' if isinstance(v, float) else v
 def main(
     only:str='*',  # Networks to judge, as globs separated by commas
     packages:str=','.join(PACKAGES),  # Packages to judge
-    limit_s:float=300.,  # Seconds that a package may take for a network; 0: as long as it takes
+    limit_s:float=300.,  # Seconds of processor time that a package may take for a network; 0: as long as it takes
     tol:float=0.1,  # How far from 1 the std of a layer that is reached may be
-    threads:int=0,  # CPU threads; 0: torch's default
+    threads:int=1,  # CPU threads; 0: torch's default. One keeps the times, which are the processor's, comparable on a busy machine
     no_save:bool=False,  # Print, and write no files
 ):
     "Layers that this package and its peers reach over many architectures."
@@ -204,10 +204,10 @@ def main(
     off,silent = sum(r['layers'] - r['reached'] for r in ours), sum(len(r['silent'].split()) for r in ours)
     text = (f"{len({r['network'] for r in rows})} networks, {where()}. A layer is reached if the std of its output is within {tol:g} of 1, measured from outside, with the same mini-batch, as the "
             f'network trains (training mode, dropout off); a network is whole if all its layers that run are. `anyinit` is there for its reach and cost as a '
-            f'data-driven initialization: its aim is a unit second moment after each activation, not std 1 of each layer. A package was cut off after {limit_s:g} s. '
+            f'data-driven initialization: its aim is a unit second moment after each activation, not std 1 of each layer. A package is cut off after {limit_s:g} s of processor time for a network. '
             f'Some layers are no one\'s to reach: frozen, tied or zero-initialized weights mean something, and `fastai_lsuv` leaves them as they are; of the {off} '
             f'layers that it did not bring to std 1 its report names {off - silent} with the reason. '
-            f'Times vary with the machine and with what else it does.\n\n{summary(rows, names)}\n**Layers reached, by network** (bold: all)\n\n{per_network(rows, names)}')
+            f'Times are the processor\'s and vary with the machine; their ratios to forward passes are what counts.\n\n{summary(rows, names)}\n**Layers reached, by network** (bold: all)\n\n{per_network(rows, names)}')
     print('\n' + text)
     if no_save: return
     RESULTS.mkdir(parents=True, exist_ok=True)

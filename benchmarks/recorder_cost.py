@@ -4,8 +4,8 @@ All contestants train the same ResNet-18 on the same random images in one proces
 changes from round to round. "Over plain" is the median over rounds of the time of a step over that of the plain step of
 the same round; "lower quartile" compares the quartiles of the times instead, which a busy machine disturbs least. The end
 of an epoch (the transfer to the host, in ours) is counted into the steps. Every contestant records the same layers
-(convolutions and linear ones) at every step. Peak memory is taken in a process of its own each on the CPU, over a process
-that trains plainly, and from the allocator on a GPU.
+(convolutions and linear ones) at every step. Peak memory is that of a process of its own each on the CPU, and the
+allocator's on a GPU.
 
 On a machine that others use too, `--cpu-time --threads 1` counts the time on the processor instead of that on the clock.
 torchinstruments is given its cheapest settings (mean and std); it also measures gradients and writes its own files."""
@@ -65,6 +65,13 @@ class Contestant:
     def finish(self): return self.timed(self.events, 'after_train', 'before_validate', 'after_validate', 'after_epoch', 'after_fit')
 
 
+def peak_rss():
+    "Most memory this process ever held, in MB."
+    status = Path('/proc/self/status')  # `getrusage` counts what the parent held when it forked
+    if status.exists(): return next(int(l.split()[1]) for l in status.read_text().splitlines() if l.startswith('VmHWM'))/1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+
+
 def peak(name, batches, device, folder):
     "Peak memory of an epoch, in MB."
     if device.type == 'cuda':
@@ -73,7 +80,7 @@ def peak(name, batches, device, folder):
     c = Contestant(name, batches, device, folder)
     for i,b in enumerate(batches): c.step(i, b)
     c.finish()
-    return torch.cuda.max_memory_allocated()/2**20 if device.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+    return torch.cuda.max_memory_allocated()/2**20 if device.type == 'cuda' else peak_rss()
 
 
 @call_parse

@@ -18,6 +18,7 @@ from fastai.basics import (Callback, CancelBatchException, CancelEpochException,
 from fastai.callback.hook import HookCallback
 from fastai.callback.schedule import ParamScheduler
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .state import Snapshot, memory
@@ -47,7 +48,7 @@ def no_trace(learn: Learner) -> Iterator[None]:
     objects |= {id(v): v for o in objects.values() for v in vars(o).values() if type(v) is L or isinstance(v, torch.autocast)}
     attributes = Snapshot(objects.values(), tensors=False)
     # a callback may count, or average, in a tensor of its own
-    tensors = Snapshot(feeders, but={memory(p) for p in learn.model.parameters()} - {0})
+    tensors = Snapshot(feeders, but={memory(p) for p in learn.model.parameters() if not is_lazy(p)} - {0})
     hooks = [(d, copy(d)) for m in learn.model.modules() for k, d in vars(m).items() if 'hook' in k and isinstance(d, dict)]
     autocast,python,numpy,torch_cpu = _Autocast(),random.getstate(),np.random.get_state(),torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None

@@ -134,16 +134,17 @@ class LSUVCallback(Callback):
         **options  # In place of the callback's own
     ) -> LSUVReport | None:  # `None` if there is no mini-batch
         "Initialize the model at once, in a fit or outside, and log what came of it."
-        learn,written,watch = self.learn,self._written(),_Progress(self.learn)
+        learn,written,watch,remarks = self.learn,self._written(),_Progress(self.learn),[]
         keep = None if anyway else self._meaningful()
         try:
-            with no_trace(learn), closing(model_inputs(learn, options.pop('min_samples', self.min_samples), self._say, begun)) as batches:
+            with no_trace(learn), closing(model_inputs(learn, options.pop('min_samples', self.min_samples), remarks.append, begun)) as batches:
                 first = in_step(lambda: next(batches, None))
                 if any_rank(first is None): return None
                 report = initialize(learn.model, chain([first], batches), **{**self.options, **options}, keep=keep, watch=watch)
         finally:
             watch.close()
             self._note(written)
+            for line in remarks: self._say(line)
         self.report,self.anyway = report,False
         _INITIALIZED.add(plain(learn.model))
         self._say(report.summary + (f'. {report.left_alone}' if report.left_alone else ''))

@@ -4,8 +4,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from .loops import parse_order
-from .moments import Moments, in_step
+from .moments import Moments, from_rank_0, in_step, several_ranks
 from .passes import Goal, Passes, call, varies
 from .preinit import preinitialize
 from .report import LSUVReport, Row
@@ -80,7 +81,7 @@ def initialize(
             if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
         goal = Goal(parse_order(order), target_mean, targets, tol, batch_tol, per_channel)
         before: dict[Unit, tuple[float, float]] = {}
-        with preserved(model, units):
+        with _as_on_rank_0(model), preserved(model, units):
             train_without_dropout(model)
             if baseline:
                 as_it_was = Passes(model, units, goal, watch)
@@ -91,6 +92,21 @@ def initialize(
                 if n > 1: feed.next()
                 if not passes(feed.batch, correct=n <= max_iter): break
         return LSUVReport(_rows(passes, before), order=order, n_passes=n + baseline)
+
+
+@contextmanager
+def _as_on_rank_0(model: nn.Module) -> Iterator[None]:
+    "Begin on every rank of `torch.distributed` with the weights of rank 0, as `DistributedDataParallel` does; if anything is raised, put them back."
+    if not several_ranks(): yield; return
+    params = [p for p in model.parameters() if not is_lazy(p)]
+    was = [p.detach().clone() for p in params]
+    try:
+        from_rank_0(params)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for p, w in zip(params, was): p.copy_(w)
+        raise
 
 
 def layer_stats(

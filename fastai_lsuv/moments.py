@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Sequence, TypeVar
+from typing import Callable, Iterable, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'first_tensor']
+__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'from_rank_0', 'several_ranks', 'first_tensor']
 
 T = TypeVar('T')
 
@@ -115,7 +115,7 @@ def pool(
 
 def all_ranks(m: Moments) -> Moments:
     "Moments pooled over the ranks of `torch.distributed`, bit for bit the same on each; `m` itself where there is one process."
-    if not _ranks(): return m
+    if not several_ranks(): return m
     mine = torch.cat([torch.tensor([float(m.count)], dtype=torch.float64), m.mean, m.var]).to(_device())
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
@@ -125,7 +125,7 @@ def all_ranks(m: Moments) -> Moments:
 
 def any_rank(yes: bool) -> bool:
     "Whether it is so on any rank of `torch.distributed`."
-    if not _ranks(): return yes
+    if not several_ranks(): return yes
     dist.all_reduce(n := torch.tensor(float(yes), device=_device()), op=dist.ReduceOp.MAX)
     return bool(n)
 
@@ -141,7 +141,16 @@ def in_step(f: Callable[[], T]) -> T:
     return out
 
 
-def _ranks() -> bool:
+@torch.no_grad()
+def from_rank_0(tensors: Iterable[Tensor]) -> None:
+    "Give tensors the contents that they have on rank 0 of `torch.distributed`."
+    if not several_ranks(): return
+    for t in tensors:
+        dist.broadcast(sent := t.detach().contiguous(), 0)  # of memory in another order, channels-last say, a copy
+        if sent.data_ptr() != t.data_ptr(): t.copy_(sent)
+
+
+def several_ranks() -> bool:
     "Whether there is more than one process to agree with."
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 

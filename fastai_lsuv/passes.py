@@ -34,8 +34,9 @@ class Goal:
     per_channel: bool
 
     def met(self, unit: Unit, m: Moments) -> bool:
-        "Whether a fresh mini-batch finds the unit's std within `batch_tol` of its target."
-        _,std = m.stats(self.per_channel)
+        "Whether a fresh mini-batch finds the unit's std (or, where no loop scales, its mean) within `batch_tol` of its target."
+        mean,std = m.stats(self.per_channel)
+        if self.loops and not any('std' in words for words in self.loops): return bool((mean - self.mean).abs().mean() <= self.batch_tol*self.std[unit])
         std = std[std > 0]
         return len(std) > 0 and bool(((std/self.std[unit] - 1).abs().mean() <= self.batch_tol))
 
@@ -53,10 +54,9 @@ class Seen:
 class Passes:
     """Passes through one model towards one goal.
 
-    Call it with a mini-batch. Afterwards `seen` holds what each unit that ran put out, in order of execution, `found` the same
-    of the last pass in which it ran, `corrected`
-    how many passes changed it, `reason` why it could not be brought to its goal, and `immovable` those whose bias does not
-    move the mean."""
+    Call it with a mini-batch. Afterwards `seen` holds what each unit that ran put out, in order of execution, `found` the
+    same of the last pass in which it ran, `corrected` how many passes changed it, `reason` why it could not be brought to
+    its goal, and `immovable` those whose bias does not move the mean."""
     def __init__(self,
         model: nn.Module,
         units: list[Unit],

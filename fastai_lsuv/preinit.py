@@ -4,11 +4,11 @@ from __future__ import annotations
 from typing import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from .moments import from_rank_0
 from .units import Unit
 
 __all__ = ['preinitialize', 'orthogonal_']
@@ -53,5 +53,4 @@ def preinitialize(
             if p is not None and (new := layer._parameters[n]) is not p:
                 p.copy_(new)
                 layer._parameters[n] = p
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for p in layer.parameters(): dist.broadcast(p.data, 0)
+    from_rank_0(layer.parameters())

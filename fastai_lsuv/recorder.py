@@ -1,10 +1,10 @@
 "Statistics of every layer's activations while a `Learner` trains: fastai's `ActivationStats`, exact, nearly free and bounded."
 from __future__ import annotations
 
-import os, sys, warnings
-from dataclasses import dataclass
+import os
+import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,200 +13,12 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model, rank_distrib
 
-from .moments import first_tensor
 from .recorder_plots import Pairs, StatsPlots, limits_of
+from .taps import Gauge, Record, Taps
 from .units import select_modules
 
 __all__ = ['ActivationStatsRecorder']
 
-_NAN = float('nan')
-_CHUNK = 2**17  # Elements measured at a time on the CPU: with the scratch they need, they stay in a core's cache
-_CENTRE_ABOVE = 16.  # Where mean**2 exceeds this many variances, `E[x**2] - mean**2` loses digits
-
-
-# ---- Measuring one activation ----
-
-class _Measure(NamedTuple):
-    "What is known of one activation: Python numbers on the CPU, 0-dim tensors (which nobody waits for) on other devices."
-    n: int
-    mean: float | Tensor
-    std: float | Tensor
-    zeros: int | Tensor  # Elements at or below the threshold; of a gradient, elements that are exactly 0
-    hist: Tensor | None  # Elements in each bin
-
-
-def _pool(calls: list[_Measure]) -> _Measure:
-    "Statistics of the elements of several calls together."
-    if len(calls) == 1: return calls[0]
-    n = sum(c.n for c in calls)
-    mean = sum(c.mean*(c.n/n) for c in calls)
-    within = sum(c.std**2*(c.n-1) for c in calls if c.n > 1)
-    var = (within + sum((c.mean-mean)**2*c.n for c in calls))/max(n-1, 1)
-    hist = None if calls[0].hist is None else torch.stack([c.hist for c in calls]).sum(0)
-    return _Measure(n, mean, var**0.5, sum(c.zeros for c in calls), hist)
-
-
-class _Meter:
-    "Measures tensors, with one read of each where it can, and without waiting for the device."
-    def __init__(self,
-        near_zero: float,  # Count elements at or below this
-        bins: tuple[int, float, float] | None  # Number of bins, low and high end; `None`: no histogram
-    ):
-        self.near_zero,self.bins,self.scratch = near_zero,bins,None
-
-    def __call__(self, x: Tensor, grad: bool = False) -> _Measure:
-        x = x.detach()
-        if type(x) is not Tensor: x = x.as_subclass(Tensor)
-        if x.dtype not in (torch.float32, torch.float64): x = x.float()
-        if x.device.type == 'cpu' and x.dtype == torch.float32: return self._cpu(x, grad)
-        if x.numel() == 1: mean,std = x.reshape(()),torch.full((), _NAN, device=x.device)
-        else: std,mean = torch.std_mean(x)  # Welford's method: exact wherever the mean is, in one read on a GPU
-        zeros = ((x == 0) if grad else (x <= self.near_zero)).sum(dtype=torch.float32)
-        return _Measure(x.numel(), mean, std, zeros, None if grad or self.bins is None else torch.histc(x, *self.bins))
-
-    def _cpu(self, x: Tensor, grad: bool) -> _Measure:
-        """On the CPU a number may be looked at as soon as it is there, but `std_mean` takes ten reads' time.
-
-        So take sums, chunk by chunk while it is in the cache, and `std` (two reads) where they cannot be trusted.
-        numpy's comparisons write a byte where torch's fast ones write four."""
-        x = _flat(x)
-        a,n,s,q,zeros = x.numpy(),x.numel(),0.,0.,0
-        if self.scratch is None: self.scratch = np.empty(_CHUNK, dtype=bool)
-        compare,to = (np.equal,np.float32(0)) if grad else (np.less_equal,np.float32(self.near_zero))
-        for i in range(0, n, _CHUNK):
-            c,m = (x if n <= _CHUNK else x[i:i+_CHUNK]),self.scratch[:min(_CHUNK, n-i)]
-            s += float(c.sum().numpy())
-            q += float(torch.dot(c, c).numpy())
-            zeros += np.count_nonzero(compare(a[i:i+_CHUNK], to, out=m))
-        mean = s/n
-        var = (q - s*mean)/(n-1) if n > 1 else _NAN
-        if _CENTRE_ABOVE*var > mean**2 and 1e-30 < q < 1e38: std = var**0.5
-        else: std = float(x.std().numpy()) if n > 1 else _NAN  # also where squares under- or overflow
-        hist = None
-        if self.bins is not None and not grad: hist = self._hist(x) if np.isfinite(mean) else torch.histc(x, *self.bins)
-        return _Measure(n, mean, std, zeros, hist)
-
-    def _hist(self, x: Tensor) -> Tensor:
-        """`histc` of finite numbers, at a quarter of the time: scale, floor, and count *pairs* of elements.
-
-        One integer stands for two bin numbers (-1 below the range, `bins` above it), so half as many are counted."""
-        bins,lo,hi = self.bins
-        w = bins+2
-        if w*w > 2**15: return torch.histc(x, bins, lo, hi)  # pairs no longer fit 16 bits
-        pairs = torch.zeros(w*w, dtype=torch.int64)
-        odd = []
-        for c in x.split(_CHUNK):
-            c = torch.clamp(c, lo - 0.5*(hi-lo)/bins, hi)
-            if lo: c.sub_(lo)
-            c.mul_(bins/(hi-lo)).floor_()
-            half = len(c)//2
-            pairs += torch.bincount(c[:half].add_(c[half:2*half], alpha=w).to(torch.int16).add_(w+1), minlength=w*w)
-            if len(c) % 2: odd.append(int(c.numpy()[-1])+1)
-        counts = pairs.view(w, w).sum(0) + pairs.view(w, w).sum(1)
-        for i in odd: counts[i] += 1
-        above = counts.numpy()[-1]
-        # As in `histc`, the last bin holds its upper end. Looked for only where something is at it or above.
-        if above: counts[-2] += above - np.count_nonzero(x.numpy() > np.float32(hi))
-        return counts[1:-1]
-
-
-def _flat(x: Tensor) -> Tensor:
-    "The elements of `x` in the order they lie in memory: a view unless `x` has gaps or repeats."
-    if x.is_contiguous(): return x.view(-1)
-    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d))).reshape(-1)
-
-
-# ---- The hooks ----
-
-class _Hook:
-    "Forward hook of layer `i`. A copied or pickled model carries hooks that do nothing."
-    def __init__(self, taps: _Taps | None = None, i: int = 0):
-        self.take = taps and taps.take
-        # Compiled models: leave the graph for the hook, so that it sees numbers. `torch.compile` has imported dynamo.
-        if taps and 'torch._dynamo' in sys.modules: self.take = torch.compiler.disable(self.take)
-        self.i = i
-    def __call__(self, module, args, out):
-        if self.take is not None: self.take(self.i, out)
-    def __reduce__(self): return _Hook, ()
-
-
-class _Taps:
-    "Hooks on layers, which measure what passes between `start` and `stop`, and the gradients of that."
-    def __init__(self, modules: list[nn.Module], meter: _Meter, grads: bool):
-        self.modules,self.meter,self.grads,self.handles,self.loss_scale,self.checked = modules,meter,grads,[],None,False
-        self.start(False)
-
-    def attach(self): self.handles = [m.register_forward_hook(_Hook(self, i)) for i,m in enumerate(self.modules)]
-    def detach(self):
-        for h in self.handles: h.remove()
-        self.handles,self.recording = [],False
-
-    def start(self, recording: bool = True):
-        self.recording = self.due = recording
-        self.calls,self.grad_calls = [[[] for _ in self.modules] for _ in range(2)]
-
-    def stop(self): self.recording = False
-
-    def take(self, i: int, out: Any):
-        if not self.recording: return
-        x = first_tensor(out)
-        if x is None or x.is_complex() or x.numel() == 0 or x.layout != torch.strided or x.is_nested: return
-        self.calls[i].append(self.meter(x))
-        if self.grads and x.requires_grad:
-            to = self.grad_calls[i]
-            # A tensor of a subclass is a view of the layer's own, and would lose its hook to an in-place activation.
-            if type(x) is not Tensor and x._is_view() and x._base.numel() == x.numel(): x = x._base
-            x.register_hook(lambda g: to.append(self.meter(g, grad=True)))
-
-    def row(self) -> _Row | None:
-        "What was measured since `start`, still on the device; `None` if no layer was called."
-        if not any(self.calls): return None
-        kinds = [self.calls, self.grad_calls] if self.grads else [self.calls]
-        pooled = [[_pool(c) if c else None for c in kind] for kind in kinds]
-        ns = np.array([[m.n if m else 0 for m in kind] for kind in pooled]).T
-        device = next((m.mean.device for m in pooled[0] if m and isinstance(m.mean, Tensor)), None)
-        columns = [_column([m and m[j] for m in kind], device) for kind in pooled for j in (1, 2, 3)]
-        if self.grads and self.loss_scale is not None:
-            for c in columns[3:5]: c.div_(self.loss_scale.to(c.device))
-        columns = [torch.stack(columns, 1)]
-        if self.meter.bins: columns.append(_column([m and m.hist for m in pooled[0]], device, self.meter.bins[0]))
-        return _Row(ns, torch.cat(columns, 1))
-
-
-def _column(values: list, device: torch.device | None, width: int = 0) -> Tensor:
-    "One number (or `width` of them) per layer as a float32 tensor; NaN for layers that were not called."
-    if device is None and not width: return torch.tensor([_NAN if v is None else v for v in values], dtype=torch.float32)
-    none = torch.full((width,) if width else (), _NAN, device=device)
-    return torch.stack([none if v is None else v.to(none) if isinstance(v, Tensor) else torch.full_like(none, v) for v in values])
-
-
-@dataclass
-class _Row:
-    "One recorded step: columns mean, std, elements near zero; the same of gradients; histogram bins."
-    ns: np.ndarray  # (layers, 1), or (layers, 2) with gradients: how many elements were measured
-    values: Tensor | np.ndarray  # (layers, columns): on the device until fetched
-    epoch: int = 0
-    step: int = 0
-    phase: str = 'train'
-    fetched: bool = False
-    written: bool = False
-
-    @staticmethod
-    def merge(rows: list[_Row]) -> _Row:
-        "Statistics of the elements of several rows together."
-        if len(rows) == 1: return rows[0]
-        v,ns = torch.stack([r.values for r in rows]),np.stack([r.ns for r in rows])
-        counts,columns = torch.from_numpy(ns).to(v.device, v.dtype, non_blocking=True).unbind(-1),[]
-        def called(j, k, n): return torch.where(n[..., None] > 0, v[..., j:k], 0.)
-        for k,n in enumerate(counts):
-            (mean,std,zeros),total = called(3*k, 3*k+3, n).unbind(-1),n.sum(0)
-            m = (mean*n).sum(0)/total
-            within = torch.where(n > 1, std.square()*(n-1), 0.).sum(0)
-            columns += [m, ((within + ((mean-m).square()*n).sum(0))/(total-1).clamp(min=1)).sqrt(), zeros.sum(0)]
-        return _Row(ns.sum(0), torch.cat([torch.stack(columns, 1), called(len(columns), None, counts[0]).sum(0)], 1))
-
-
-# ---- The callback ----
 
 class ActivationStatsRecorder(StatsPlots, Callback):
     """Record mean, std and share near zero of every layer's output while a `Learner` trains.
@@ -300,7 +112,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
         if self._phase == 'train': self._add(row)
         else:
             self._tail.append(row)
-            if len(self._tail) == 64: self._tail = [_Row.merge(self._tail)]
+            if len(self._tail) == 64: self._tail = [Record.merge(self._tail)]
 
     def after_train(self):
         "Remove the hooks."
@@ -309,7 +121,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
     def after_validate(self):
         "Make one record of the validation, and remove the hooks."
         if self._phase == 'valid' and self._tail:
-            if self._seen['valid'] % self._strides['valid'] == 0: self._add(_Row.merge(self._tail))
+            if self._seen['valid'] % self._strides['valid'] == 0: self._add(Record.merge(self._tail))
             self._seen['valid'] += 1
         self._detach()
 
@@ -340,7 +152,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
                 if not self._append: self._path.unlink(missing_ok=True)
         self._base,self._names,self._fresh,self._on = tuple(self._done),names,False,True
         self._limits = limits_of(model, [m for _,m in named])
-        self._taps = _Taps([m for _,m in named], _Meter(self._near_zero, self._bins), self._grads)
+        self._taps = Taps([m for _,m in named], Gauge(self._near_zero, self._bins), self._grads)
 
     def _see_through_compile(self):
         "Code compiled before there were hooks does not call them: have it compiled again, once a fit."
@@ -360,7 +172,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
         self._phase = None
         if self._taps: self._taps.detach()
 
-    def _add(self, row: _Row):
+    def _add(self, row: Record):
         "Append a record; where there are too many, keep every second one and record half as often from now on."
         row.phase,row.epoch,row.step = self._phase,self.epoch + self._base[0],self.train_iter + self._base[1]
         rows = self._rows[row.phase]
@@ -378,7 +190,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
             r.values,r.fetched = v.copy(),True
             for k,n in enumerate(r.ns.T): r.values[:, 3*k+2] /= np.where(n > 0, n, np.nan)
 
-    def _records(self, phase: str | None = None) -> list[_Row]:
+    def _records(self, phase: str | None = None) -> list[Record]:
         "Records on the host, in order of time."
         if phase not in (None, 'train', 'valid'): raise ValueError(f"phase: got {phase!r}; it takes 'train' or 'valid'")
         self._fetch()
@@ -411,14 +223,14 @@ class ActivationStatsRecorder(StatsPlots, Callback):
                 wandb.log({k:v for p in ('train', 'valid') for r in [r for r in rows if r.phase == p][-1:] for k,v in self._scalars(r)}, step=cb._wandb_step)
         for r in rows: r.written = True
 
-    def _scalars(self, r: _Row) -> list[tuple[str, float]]:
+    def _scalars(self, r: Record) -> list[tuple[str, float]]:
         return [(f'activations/{r.phase}/{name}/{c}', float(r.values[i, j])) for i,name in enumerate(self._names) for j,c in enumerate(self._columns)]
 
     @property
     def _columns(self) -> list[str]:
         return ['mean', 'std', 'near_zero'] + (['grad_mean', 'grad_std', 'grad_zero'] if self._grads else [])
 
-    def _frame(self, rows: list[_Row]) -> Any:
+    def _frame(self, rows: list[Record]) -> Any:
         import pandas as pd
         n,names = len(self._names),np.array(self._names, dtype=object)
         cols = {k:np.repeat(np.array([getattr(r, k) for r in rows]), n) for k in ('epoch', 'step', 'phase')}

@@ -412,3 +412,12 @@ def test_layer_stats_leaves_frozen_and_tied_layers_to_their_std():
     m = nn.Linear(4, 4).requires_grad_(False)
     m.weight.data = torch.eye(4); m.bias.data.zero_()
     assert layer_stats(m, torch.randn(256, 4))[0].status == 'ok'
+
+
+def test_where_no_loop_scales_the_mean_decides():
+    "Std is what it is then, and none of its business."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    report = lsuv_init(model, torch.randn(64, 8), order='mean', preinit=None)
+    assert report.ok and report.n_passes == 2 and [r.passes for r in report] == [1, 1]
+    assert all(abs(r.mean) < 1e-6 and abs(r.std - 1) > 0.1 for r in report)

@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_lsuv.moments import Moments, all_ranks, channel_moments, first_tensor, pool
+from fastai_lsuv.moments import all_ranks, channel_moments, first_tensor, pool
 
 
 def by_numpy(x, dim):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_lsuv import recorder as rec_mod
-from fastai_lsuv.recorder import ActivationStatsRecorder, _flat, _Meter
+from fastai_lsuv.recorder import ActivationStatsRecorder
+from fastai_lsuv.taps import Gauge, _flat
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +136,7 @@ def test_exact_on_hard_activations(name):
     x = HARD[name]()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        m = _Meter(0.05, None)(x)
+        m = Gauge(0.05, None)(x)
     mean,std,zero = stats64(x) if x.numel() > 1 else (x.item(), float('nan'), 0.)
     scale = max(abs(mean), std if np.isfinite(std) else 0.)
     assert float(m.mean) == pytest.approx(mean, abs=3e-6*scale)
@@ -146,7 +147,7 @@ def test_exact_on_hard_activations(name):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_non_finite_activations_are_recorded_as_fastai_does(bad, dtype):
     x = torch.cat([torch.linspace(-1, 9, 1001), torch.tensor([bad])]).to(dtype)
-    m = _Meter(0.05, (40, 0., 10.))(x)
+    m = Gauge(0.05, (40, 0., 10.))(x)
     assert float(m.mean) == pytest.approx(float(x.mean()), nan_ok=True)
     assert np.isnan(float(m.std))
     assert float(m.zeros) == (x <= 0.05).sum()
@@ -165,7 +166,7 @@ def test_histogram_counts_as_histc(bins, lo, width, n, seed):
     x = torch.randn(n, generator=g)*width + lo
     x[::3] = (x[::3]*2).round()/2  # exact ties, on edges among them
     x[:2] = torch.tensor([hi, lo], dtype=torch.float32)[:n]
-    ours,theirs = _Meter(0., (bins, float(lo), float(hi)))(x).hist, x.histc(bins, lo, hi)
+    ours,theirs = Gauge(0., (bins, float(lo), float(hi)))(x).hist, x.histc(bins, lo, hi)
     assert ours.sum() == theirs.sum() == ((x >= lo) & (x <= hi)).sum()
     # `histc` multiplies and divides, we multiply: an element within rounding of an edge may fall on either side.
     if np.log2(bins/width) % 1 == 0: assert torch.equal(ours.float(), theirs)
@@ -175,7 +176,7 @@ def test_histogram_counts_as_histc(bins, lo, width, n, seed):
 def test_histogram_of_several_chunks():
     x = torch.randn(3*2**17 + 11)*4 + 3
     for y in (x, x.relu(), torch.zeros_like(x), -x.abs(), x.abs()+10):
-        for bins in ((40, 0., 10.), (64, -8., 8.), (300, 0., 10.)): assert torch.equal(_Meter(0., bins)(y).hist.float(), y.histc(*bins)), bins
+        for bins in ((40, 0., 10.), (64, -8., 8.), (300, 0., 10.)): assert torch.equal(Gauge(0., bins)(y).hist.float(), y.histc(*bins)), bins
 
 def test_taken_before_an_in_place_activation():
     seen,model = {},convnet(inplace=True)
@@ -386,9 +387,8 @@ class Syncs(TorchDispatchMode):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['cpu', 'as on other devices'])
 def test_never_waits_for_the_device_between_epochs(dtype):
     # float64 is measured on the CPU as everything is on a GPU.
-    rec,counts = ActivationStatsRecorder(hist=dtype == torch.float64, grads=True, valid=True),[]
+    rec = ActivationStatsRecorder(hist=dtype == torch.float64, grads=True, valid=True)
     mode = Syncs()
-    real = rec_mod._Taps
     learn = learner(convnet().to(dtype), cbs=rec, dls=digits(tfm=lambda x: x.to(dtype)), default_cbs=False)
     learn.add_cbs([TrainEvalCallback()])
     events = ['before_batch', 'after_pred', 'after_backward', 'after_batch', 'after_train', 'before_validate', 'after_validate']
@@ -399,11 +399,11 @@ def test_never_waits_for_the_device_between_epochs(dtype):
         setattr(rec, e, counted)
     def begin(f=rec._begin):
         f()
-        take,meter = rec._taps.take,rec._taps.meter
-        class Counted(_Meter):
+        gauge = rec._taps.gauge
+        class Counted(Gauge):
             def __call__(self, *a, **k):
                 with mode: return super().__call__(*a, **k)
-        rec._taps.meter = Counted(meter.near_zero, meter.bins)
+        rec._taps.gauge = Counted(gauge.near_zero, gauge.bins)
     rec._begin = begin
     fit(learn, 2)
     assert len(rec.df()) == 2*(6+1)*3 and mode.n == 0 and mode.seen > 200
@@ -425,7 +425,7 @@ def test_keeps_no_activations():
     rec = ActivationStatsRecorder(hist=True, grads=True, valid=True)
     model = convnet()
     for m in layers(model): m.register_forward_hook(lambda m,a,o: refs.append(weakref.ref(o)))
-    learn = fit(learner(model, cbs=rec))
+    fit(learner(model, cbs=rec))
     gc.collect()
     assert len(refs) == 27 and not any(r() is not None for r in refs)
 
