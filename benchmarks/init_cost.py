@@ -119,6 +119,12 @@ class Bench:
                     ours=peak_bytes(partial(lsuv_init, copy.deepcopy(self.model), self.x), self.device))
 
 
+def called(name):
+    "A contestant's label, with the version of a peer."
+    title,peer = CONTESTANTS[name][0],PEERS.get(name)
+    return title if peer is None else title.replace(peer, label(peer), 1)
+
+
 def write_csv(benches, path):
     with open(path, 'w', newline='') as f:
         w = csv.writer(f, lineterminator='\n')
@@ -132,7 +138,6 @@ def write_csv(benches, path):
 def tables(benches, names):
     "The tables in markdown."
     ratio = lambda b, k: f'{statistics.median(b.ratios[k]):.{2 if k not in PEERS else 0}f}' if k in b.ratios else '-'
-    called = lambda k: f'{label(PEERS[k])}{CONTESTANTS[k][0][len(PEERS[k]):]}' if k in PEERS else CONTESTANTS[k][0]
     out = ['**Time, in forward passes of the same model and mini-batch**\n',
            markdown(['', 'layers', 'a forward, ms', *map(called, names)],
                     [[b.label, len(b.units), f'{1e3*statistics.median(b.forwards):.0f}', *(ratio(b, k) for k in names)] for b in benches])]
@@ -157,18 +162,17 @@ def picture(benches, names, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    fig,ax = plt.subplots(figsize=(8.5, 0.8 + len(benches)*(0.24*len(names) + 0.25)), constrained_layout=True)
-    gap = len(names) + 1
+    names = [k for k in names if k != 'lsuv_keep']
+    gap = len(names) + 0.8
+    fig,ax = plt.subplots(figsize=(8.5, 1.1 + 0.19*gap*len(benches)), constrained_layout=True)
     for i, b in enumerate(benches):
         for j, k in enumerate(names):
-            if k not in b.ratios: continue
             v,y = statistics.median(b.ratios[k]), i*gap + j
-            ax.barh(y, v - 0.5, left=0.5, height=0.85, color=CONTESTANTS[k][1], label=CONTESTANTS[k][0] if i == 0 else None)
-            ax.text(v*1.04, y, f'{v:.2f}' if v < 10 else f'{v:.0f}', va='center', fontsize=8)
-    ax.set_yticks([i*gap + (len(names) - 1)/2 for i in range(len(benches))], [f'{b.label}\n{len(b.units)} layers' for b in benches])
+            ax.barh(y, v - 0.5, left=0.5, height=0.88, color=CONTESTANTS[k][1], label=called(k) if i == 0 else None)
+            ax.text(v*1.04, y, f'{v:.1f}' if v < 10 else f'{v:.0f}', va='center', fontsize=8)
+    ax.set_yticks([i*gap + (len(names) - 1)/2 for i in range(len(benches))], [f'{b.label}\n({len(b.units)} layers)' if '-layer' not in b.label else b.label for b in benches])
     ax.tick_params(axis='y', length=0)
-    ax.invert_yaxis()
-    ax.set(xscale='log', xlim=(0.5, 2*max(statistics.median(r) for b in benches for r in b.ratios.values())),
+    ax.set(xscale='log', xlim=(0.5, 1.5*max(statistics.median(r) for b in benches for r in b.ratios.values())), ylim=(len(benches)*gap - 0.9, -0.9),
            xlabel='time to initialize, in forward passes of the same model and mini-batch (log scale)')
     ax.xaxis.set_major_formatter('{x:g}')
     ax.axvline(1, color='0.3', lw=0.8, ls=':')

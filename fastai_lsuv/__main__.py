@@ -73,6 +73,18 @@ def picture(
     plt.close(fig)
 
 
+def beside(dls: DataLoaders, seed: int, lr: float) -> None:
+    "Print what `LSUVCallback` has to say beside `lr_find` and `fine_tune`."
+    set_seed(seed, reproducible=True)
+    learn = Learner(dls, lesson11(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy, cbs=LSUVCallback(modules=ConvLayer))
+    with learn.no_bar():
+        found = learn.lr_find(show_plot=False, num_it=50).valley
+        print(f'\nlr_find initializes the network, and leaves it so: {learn.lsuv.report.summary}. It suggests {found:.2g}.\nfine_tune(1, {lr:.2g}) then fits twice:')
+        learn.logger = lambda line: print(line) if isinstance(line, str) else None  # not the table of the epochs
+        learn.fine_tune(1, lr)
+    print(f'Accuracy {learn.recorder.values[-1][-1]:.3f}')
+
+
 @call_parse
 def main(
     epochs: int = 5,  # Epochs to train each arm
@@ -116,6 +128,7 @@ def main(
     acc = pd.DataFrame(accs, index=pd.RangeIndex(1, epochs + 1, name='epoch'))
     print(f'\nAccuracy on {len(dls.valid_ds)} unseen digits, by epoch\n{acc.to_string(float_format="{:.3f}".format)}')
     for arm in (WITHOUT, arms[0]): print(f'\nActivations in training, {arm}\n{verdicts[arm]}')
+    beside(dls, seed, lr)
     path = Path(out).resolve()
     picture(stats, acc, path)
     print(f'\nPicture: {path}')

@@ -45,7 +45,7 @@ def no_trace(learn: Learner) -> Iterator[None]:
     feeders = [cb for cb in learn.cbs if _feeds(cb)]
     objects = [learn, *learn.cbs, learn.opt, *_reachable([learn.dls.train]), *_reachable(v for cb in feeders for v in vars(cb).values()), *_hooked_by(learn.model)]
     objects = {id(o): o for o in objects if hasattr(o, '__dict__')}
-    objects |= {id(v): v for o in objects.values() for v in vars(o).values() if type(v) is L or isinstance(v, torch.autocast)}
+    objects |= {id(v): v for o in objects.values() for v in vars(o).values() if type(v) is L}
     attributes = Snapshot(objects.values(), tensors=False)
     # a callback may count, or average, in a tensor of its own
     tensors = Snapshot(feeders, but={memory(p) for p in learn.model.parameters() if not is_lazy(p)} - {0})

@@ -8,7 +8,7 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, L, Learner, MSELossFlat, set_seed
+from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, set_seed
 from fastai.callback.progress import ProgressCallback
 from torch import nn
 

@@ -3,7 +3,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from fastai.basics import DataLoader, DataLoaders, L, Learner, set_seed
+from fastai.basics import DataLoaders, Learner, set_seed
 from fastai.callback.progress import ProgressCallback
 from learners import *
 from torch import nn

@@ -5,16 +5,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, CancelValidException, DataLoader,
-                           DataLoaders, Learner, before_batch_cb)
+from fastai.basics import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, before_batch_cb
 from fastai.callback.all import ActivationStats, ChannelsLast, CSVLogger, GradientAccumulation, GradientClip, MixedPrecision, SaveModelCallback, ShowGraphCallback, TerminateOnNaNCallback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.rnn import ModelResetter
-from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tensorboard import TensorBoardCallback
 from learners import *
-from torch import nn
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback
 
@@ -153,6 +150,18 @@ def test_in_the_autocast_that_a_callback_enters(outside):
     assert disturbed(lambda cbs: learner(cbs=[*cbs, Autocast()])) == []
     learn.fit(1, 1e-3)
     assert math.isfinite(learn.recorder.losses[-1])
+
+
+class AutocastAll(Callback):
+    "Entered for a whole epoch."
+    def before_train(self): torch.autocast('cpu', dtype=torch.bfloat16).__enter__()
+    def before_batch(self): assert torch.is_autocast_enabled('cpu')
+
+
+def test_autocast_that_is_entered_before_the_batches():
+    assert disturbed(lambda cbs: learner(cbs=[*cbs, AutocastAll()])) == []
+    while torch.autocast_decrement_nesting() > 0: pass  # the callback leaves none of it
+    torch.set_autocast_enabled('cpu', False)
 
 
 # --- Cancel exceptions

@@ -3,11 +3,10 @@ import pickle
 from copy import deepcopy
 from functools import partial
 
+import fastai.callback.schedule  # noqa: F401  gives Learners `fit_one_cycle` and `lr_find`
 import pytest
 import torch
 from fastai.basics import Adam, DataLoaders, OptimWrapper, SGD, TfmdDL, load_learner, params, set_seed
-from fastai.callback.schedule import Learner  # with `fit_one_cycle`, `lr_find`
-from fastai.text.all import AWD_LSTM
 from fastai.vision.all import resnet18, unet_learner, vision_learner
 from learners import *
 
