@@ -190,6 +190,7 @@ def main(
     no_peers:bool=False,  # Leave the peers out
     batch:int=32,  # Images in the mini-batch
     size:int=64,  # Height and width of the images
+    width:int=16,  # Channels of the plain CNNs; with more of them, what is done to activations weighs less beside the convolutions
     threads:int=0,  # CPU threads; 0: torch's default
     cpu_time:bool=False,  # Take the processor's time, not the wall clock's: for a machine that is busy with other things, with one thread
     device:str='',  # 'cuda' or 'cpu'; default: CUDA where there is one
@@ -206,7 +207,7 @@ def main(
     benches = []
     for k in (k.strip() for k in models.split(',')):
         title,make = MODELS[k]
-        b = Bench(partial(make, img_size=size) if k == 'vit_ti' else make, x, time.process_time if cpu_time else time.perf_counter)
+        b = Bench(partial(make, **{'img_size': size} if k == 'vit_ti' else {'width': width} if 'cnn' in k else {}), x, time.process_time if cpu_time else time.perf_counter)
         b.label = title
         b.measure('ours')  # to warm up
         b.ratios.clear(); b.seconds.clear()
@@ -218,7 +219,7 @@ def main(
         benches.append(b)
         print(f'{title}: ' + ', '.join(f'{CONTESTANTS[n][0]} {statistics.median(b.ratios[n]):.2f}' for n in here), flush=True)
     names = [n for n in names if any(n in b.ratios for b in benches)]
-    text = (f'Mini-batch of {batch} at {size}x{size}, {where(dev)}; {rounds} rounds, {peer_rounds} for the peers{"; processor time" if cpu_time else ""}. Times vary with the machine and with what '
+    text = (f'Mini-batch of {batch} at {size}x{size}, plain CNNs of {width} channels, {where(dev)}; {rounds} rounds, {peer_rounds} for the peers{"; processor time" if cpu_time else ""}. Times vary with the machine and with what '
             'else it does; the ratios are what counts.\n\n' + tables(benches, names))
     print('\n' + text)
     if no_save: return

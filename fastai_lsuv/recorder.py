@@ -33,7 +33,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
     exception ended one: the hooks then stay, idle, until the next fit. `torch.compile`d models leave their graph at each
     recorded layer, so compile without `fullgraph=True`. Under `torch.distributed` each rank records its own batches,
     and only the first writes."""
-    order,remove_on_fetch = -20,True
+    order,remove_on_fetch,feeds_nothing = -20,True,True  # the last: LSUV need not run it to see what the model is fed
     _stateattrs = ('_taps','_names','_rows','_phase','_strides','_seen','_limits','_fresh','_on','_base','_done','_tail')
 
     def __init__(self,

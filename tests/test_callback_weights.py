@@ -204,7 +204,7 @@ def hub(monkeypatch):
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: pretrained_weights(torchvision.models.resnet18()))
 
 
-def small_images(n=8): return DataLoaders(TfmdDL(images(n, size=32), bs=4, shuffle=True, after_batch=[]), TfmdDL(images(4, size=32), bs=4))
+def small_images(n=8): return DataLoaders(TfmdDL(images(n, size=32), bs=4, shuffle=True, num_workers=0, after_batch=[]), TfmdDL(images(4, size=32), bs=4, num_workers=0))
 
 
 def test_vision_learner_pretrained(hub, monkeypatch):
