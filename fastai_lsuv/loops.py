@@ -1,12 +1,14 @@
 "The loop orders: reading `\"std mean\"`, and running the loops on whatever can be measured, shifted and scaled."
 from __future__ import annotations
 
+from math import sqrt
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .moments import Moments
+from .moments import Moments, _unbias
 
 __all__ = ['ORDERS', 'parse_order', 'run_loops', 'Meter', 'AffineMeter']
 
@@ -52,7 +54,7 @@ class Meter(Protocol):
     def scale(self, by: Tensor) -> None: "Multiply the weight by `by`."
 
 
-def _off(stat: Tensor, target: float, tol: float) -> Tensor: return ((stat - target).abs() > tol)
+def _off(stat: np.ndarray, target: float, tol: float) -> np.ndarray: return abs(stat - target) > tol
 
 
 def run_loops(
@@ -66,30 +68,34 @@ def run_loops(
     """Run each loop until its statistics are within `tol`: `bias -= mean`, `weight /= std`, as the thread writes them.
 
     Both statistics of a joint loop are taken before either is corrected, and one within `tol` is left alone."""
-    for words in loops:
-        shifts,scales = 'mean' in words and meter.can_shift, 'std' in words
-        mean,std = meter.stats()
-        std_at_start = std
-        for _ in range(max_steps):
-            to_shift = _off(mean, target_mean, tol) if shifts else torch.zeros_like(mean, dtype=torch.bool)
-            # A channel that does not vary cannot be scaled; it is left as it is.
-            to_scale = (_off(std, target_std, tol) & (std > 0)) if scales else torch.zeros_like(std, dtype=torch.bool)
-            if not (to_shift.any() or to_scale.any()): break
-            factor = torch.where(to_scale, target_std/std, torch.ones_like(std))
-            if to_shift.any(): meter.shift(torch.where(to_shift, target_mean - mean, torch.zeros_like(mean)))
-            if to_scale.any(): meter.scale(factor)
-            was,(mean,std) = std,meter.stats()
-            if not (mean.isfinite().all() and std.isfinite().all()): return 'non-finite'
-            asked,got = factor.log(),(std/was).log()
-            telling = asked.abs() > _TELLING  # by less, rounding drowns the response
-            if meter.affine or to_shift.any() or not telling.any(): continue
-            response,grows = (got/asked)[telling].median(),asked[telling].median() > 0
-            if response < (_STIRS if grows else _MIN_RESPONSE): return 'unresponsive'
-        else:
-            # The biases of an affine unit may differ by more than the target std, and no scale of its weight changes that.
-            if meter.affine and scales and ((std/target_std).log().abs() > _MIN_RESPONSE)[std > 0].any(): return 'unresponsive'
-            if not meter.affine and shifts and _off(mean, target_mean, tol).any(): return 'immovable'
-        if shifts and not scales and (std < _MIN_STD_KEPT*std_at_start).any(): return 'immovable'
+    # In numpy, whose operations on a few numbers cost a fifth of torch's: a pass through a deep network runs ten thousand of them.
+    def measured(): return [t.numpy() for t in meter.stats()]
+    with np.errstate(all='ignore'):
+        mean,std = measured()
+        for words in loops:
+            shifts,scales = 'mean' in words and meter.can_shift, 'std' in words
+            std_at_start = std
+            for _ in range(max_steps):
+                to_shift = _off(mean, target_mean, tol) & shifts
+                to_scale = _off(std, target_std, tol) & (std > 0) & scales  # a channel that does not vary cannot be scaled; it is left as it is
+                shift,scale = to_shift.any(),to_scale.any()
+                if not (shift or scale): break
+                factor = np.where(to_scale, target_std/std, 1.)
+                if shift: meter.shift(torch.from_numpy(np.where(to_shift, target_mean - mean, 0.)))
+                if scale: meter.scale(torch.from_numpy(factor))
+                was,(mean,std) = std,measured()
+                if not (np.isfinite(mean).all() and np.isfinite(std).all()): return 'non-finite'
+                if meter.affine or shift: continue
+                asked,got = np.log(factor),np.log(std/was)
+                telling = abs(asked) > _TELLING  # by less, rounding drowns the response
+                if not telling.any(): continue
+                response,grows = np.median((got/asked)[telling]),np.median(asked[telling]) > 0
+                if response < (_STIRS if grows else _MIN_RESPONSE): return 'unresponsive'
+            else:
+                # The biases of an affine unit may differ by more than the target std, and no scale of its weight changes that.
+                if meter.affine and scales and (abs(np.log(std/target_std)) > _MIN_RESPONSE)[std > 0].any(): return 'unresponsive'
+                if not meter.affine and shifts and _off(mean, target_mean, tol).any(): return 'immovable'
+            if shifts and not scales and (std < _MIN_STD_KEPT*std_at_start).any(): return 'immovable'
     return ''
 
 
@@ -109,9 +115,19 @@ class AffineMeter:
         self.z,self.bias,self.can_shift,self.per_channel = z,bias,can_shift,per_channel
         size = len(z.mean) if per_channel else 1
         self.weight_scale,self.bias_shift = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        if per_channel: return
+        # The whole depends on a few numbers: the means of z and of the bias, and the parts of var(a z + b).
+        m,b,c = z.mean.numpy(), bias.numpy() if isinstance(bias, Tensor) else np.zeros(1), len(z.mean)
+        self.mean_z,self.mean_b = m.sum()/c, b.sum()/len(b)
+        m,b = m - self.mean_z, b - self.mean_b
+        self.var_z,self.cov,self.var_b = z.var.numpy().sum()/len(z.var) + m @ m/c, 2*(m*b).sum()/c, b @ b/len(b)
+        self.unbias = _unbias(z.count*c)
 
     def stats(self):
-        return self.z.affine(self.weight_scale, self.bias + self.bias_shift).stats(self.per_channel)
+        if self.per_channel: return self.z.affine(self.weight_scale, self.bias + self.bias_shift).stats(True)
+        a,shift = self.weight_scale.item(),self.bias_shift.item()
+        var = (a*a*self.var_z + a*self.cov + self.var_b)*self.unbias
+        return torch.tensor([[a*self.mean_z + self.mean_b + shift], [sqrt(max(var, 0.))]], dtype=torch.float64).unbind()
 
     def shift(self, by): self.bias_shift = self.bias_shift + by
     def scale(self, by): self.weight_scale = self.weight_scale*by
