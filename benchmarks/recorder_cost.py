@@ -106,7 +106,7 @@ def main(
         if peak_of: return print(json.dumps(peak(peak_of, batches, dev, folder)))
         names = [n.strip() for n in only.split(';')] if only else NAMES
         if 'plain' not in names: names = ['plain'] + names
-        try: import torchinstruments
+        try: import torchinstruments  # noqa: F401
         except ImportError: names = [n for n in names if not n.startswith('torchinstruments')]
         each = [Contestant(n, batches, dev, folder, clock) for n in names]
         for i in range(3): [c.step(i, batches[i]) for c in each]  # warm up
