@@ -1,12 +1,9 @@
 "The loop orders: reading `\"std mean\"`, and running the loops on whatever can be measured, shifted and scaled."
 from __future__ import annotations
 
-from math import sqrt
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .moments import Moments, _unbias
 
@@ -49,9 +46,9 @@ class Meter(Protocol):
     "What the loops need of a unit: to measure its output, and to move what it is made of."
     can_shift: bool  # Whether there is a bias to move the mean with
     affine: bool  # Whether the output is known to be affine in weight and bias, and answers as such
-    def stats(self) -> tuple[Tensor, Tensor]: "Mean and std, float64: (1,), or (C,) when each channel is normalized."
-    def shift(self, by: Tensor) -> None: "Add `by` to the bias."
-    def scale(self, by: Tensor) -> None: "Multiply the weight by `by`."
+    def stats(self) -> tuple[np.ndarray, np.ndarray]: "Mean and std, float64: (1,), or (C,) when each channel is normalized."
+    def shift(self, by: np.ndarray) -> None: "Add `by` to the bias."
+    def scale(self, by: np.ndarray) -> None: "Multiply the weight by `by`."
 
 
 def _off(stat: np.ndarray, target: float, tol: float) -> np.ndarray: return abs(stat - target) > tol
@@ -68,10 +65,8 @@ def run_loops(
     """Run each loop until its statistics are within `tol`: `bias -= mean`, `weight /= std`, as the thread writes them.
 
     Both statistics of a joint loop are taken before either is corrected, and one within `tol` is left alone."""
-    # In numpy, whose operations on a few numbers cost a fifth of torch's: a pass through a deep network runs ten thousand of them.
-    def measured(): return [t.numpy() for t in meter.stats()]
     with np.errstate(all='ignore'):
-        mean,std = measured()
+        mean,std = meter.stats()
         for words in loops:
             shifts,scales = 'mean' in words and meter.can_shift, 'std' in words
             std_at_start = std
@@ -81,9 +76,9 @@ def run_loops(
                 shift,scale = to_shift.any(),to_scale.any()
                 if not (shift or scale): break
                 factor = np.where(to_scale, target_std/std, 1.)
-                if shift: meter.shift(torch.from_numpy(np.where(to_shift, target_mean - mean, 0.)))
-                if scale: meter.scale(torch.from_numpy(factor))
-                was,(mean,std) = std,measured()
+                if shift: meter.shift(np.where(to_shift, target_mean - mean, 0.))
+                if scale: meter.scale(factor)
+                was,(mean,std) = std,meter.stats()
                 if not (np.isfinite(mean).all() and np.isfinite(std).all()): return 'non-finite'
                 if meter.affine or shift: continue
                 asked,got = np.log(factor),np.log(std/was)
@@ -108,26 +103,26 @@ class AffineMeter:
     affine = True
     def __init__(self,
         z: Moments,  # Moments of the output without its bias
-        bias: Tensor | float,  # (C,) float64, or 0.
+        bias: np.ndarray,  # (C,) float64, or (1,) for all
         can_shift: bool,  # Whether the bias may be moved
         per_channel: bool  # Normalize each channel, or the whole output
     ):
         self.z,self.bias,self.can_shift,self.per_channel = z,bias,can_shift,per_channel
         size = len(z.mean) if per_channel else 1
-        self.weight_scale,self.bias_shift = torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        self.weight_scale,self.bias_shift = np.ones(size),np.zeros(size)
         if per_channel: return
         # The whole depends on a few numbers: the means of z and of the bias, and the parts of var(a z + b).
-        m,b,c = z.mean.numpy(), bias.numpy() if isinstance(bias, Tensor) else np.zeros(1), len(z.mean)
-        self.mean_z,self.mean_b = m.sum()/c, b.sum()/len(b)
-        m,b = m - self.mean_z, b - self.mean_b
-        self.var_z,self.cov,self.var_b = z.var.numpy().sum()/len(z.var) + m @ m/c, 2*(m*b).sum()/c, b @ b/len(b)
+        c = len(z.mean)
+        self.mean_z,self.mean_b = z.mean.sum()/c, bias.sum()/len(bias)
+        m,b = z.mean - self.mean_z, bias - self.mean_b
+        self.var_z,self.cov,self.var_b = z.var.sum()/len(z.var) + m @ m/c, 2*(m*b).sum()/c, b @ b/len(b)
         self.unbias = _unbias(z.count*c)
 
     def stats(self):
         if self.per_channel: return self.z.affine(self.weight_scale, self.bias + self.bias_shift).stats(True)
-        a,shift = self.weight_scale.item(),self.bias_shift.item()
+        a = self.weight_scale
         var = (a*a*self.var_z + a*self.cov + self.var_b)*self.unbias
-        return torch.tensor([[a*self.mean_z + self.mean_b + shift], [sqrt(max(var, 0.))]], dtype=torch.float64).unbind()
+        return a*self.mean_z + self.mean_b + self.bias_shift, np.sqrt(np.maximum(var, 0.))
 
     def shift(self, by): self.bias_shift = self.bias_shift + by
     def scale(self, by): self.weight_scale = self.weight_scale*by

@@ -242,7 +242,7 @@ def _rows(passes: Passes, before: dict[Unit, tuple[float, float]]) -> list[Row]:
 def _pair(m: Moments, per_channel: bool) -> tuple[float, float]:
     "Mean and std as two numbers: of the whole, or the mean of the channels' means and the root mean square of their stds."
     mean,std = m.stats(per_channel)
-    return mean.mean().item(), std.square().mean().sqrt().item()
+    return float(mean.mean()), math.sqrt((std**2).mean())
 
 
 def _status(passes: Passes, u: Unit) -> str:
@@ -257,5 +257,5 @@ def _status(passes: Passes, u: Unit) -> str:
     wants_mean = any('mean' in words for words in goal.loops)
     cannot = u.bias is None or u in passes.immovable
     mean,_ = m.stats(goal.per_channel)
-    if wants_mean and cannot and ((mean - goal.mean).abs() > goal.batch_tol*goal.std[u]).any(): return 'no bias'
+    if wants_mean and cannot and (abs(mean - goal.mean) > goal.batch_tol*goal.std[u]).any(): return 'no bias'
     return 'ok'

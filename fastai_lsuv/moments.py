@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Callable, Iterable, Sequence, TypeVar
 
 import numpy as np
@@ -9,34 +10,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'from_rank_0', 'several_ranks', 'first_tensor']
+__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'from_rank_0', 'several_ranks', 'first_tensor', 'flat']
 
 T = TypeVar('T')
 
 # Where mean**2 exceeds this many variances, `E[x**2] - mean**2` loses digits and the moments are taken again, centred.
 _CENTRE_ABOVE = 100.
+# A plane of fewer elements takes longer to begin with than to sum.
+_SMALL = 128
+# Elements whose squares are summed in float32; such sums are added up in double.
+_ROW = 2**10
 
 
 @dataclass(frozen=True)
 class Moments:
-    "Mean and population variance of an activation by channel, as float64 tensors on the CPU."
-    count: int    # Elements per channel
-    mean: Tensor  # (C,): mean of each channel
-    var: Tensor   # (C,): variance within each channel; or (1,): its mean over channels, all that the whole needs
+    """Mean and population variance of an activation by channel, in float64 on the host.
 
-    def stats(self, per_channel: bool = False) -> tuple[Tensor, Tensor]:
+    In numpy, whose operations on a few numbers cost a fifth of torch's: a pass through a deep network makes ten thousand."""
+    count: int        # Elements per channel
+    mean: np.ndarray  # (C,): mean of each channel
+    var: np.ndarray   # (C,): variance within each channel; or (1,): its mean over channels, all that the whole needs
+
+    def stats(self, per_channel: bool = False) -> tuple[np.ndarray, np.ndarray]:
         "Mean and std, unbiased as `Tensor.std` is: of each channel (C,), or of the whole (1,) by the law of total variance."
-        if per_channel: return self.mean, (self.var*_unbias(self.count)).sqrt()
-        m,v,c = self.mean.numpy(),self.var.numpy(),len(self.mean)  # numpy: its operations on a few numbers cost a fifth of torch's
-        mean = m.sum()/c
-        d = m - mean
-        return torch.tensor([[mean], [np.sqrt((v.sum()/len(v) + d @ d/c)*_unbias(self.count*c))]], dtype=torch.float64).unbind()
+        return self._of_channels if per_channel else self._of_whole
+
+    @cached_property
+    def _of_channels(self) -> tuple[np.ndarray, np.ndarray]: return self.mean, np.sqrt(self.var*_unbias(self.count))
+
+    @cached_property
+    def _of_whole(self) -> tuple[np.ndarray, np.ndarray]:
+        c = len(self.mean)
+        with np.errstate(all='ignore'):
+            mean = self.mean.sum(keepdims=True)/c
+            d = self.mean - mean
+            return mean, np.sqrt((self.var.sum(keepdims=True)/len(self.var) + d @ d/c)*_unbias(self.count*c))
 
     def finite(self) -> bool:
         "False if the activation held a NaN or an infinity, or its squares overflowed."
-        return bool(self.mean.isfinite().all() and self.var.isfinite().all())
+        return bool(np.isfinite(self.mean).all() and np.isfinite(self.var).all())
 
-    def affine(self, scale: Tensor | float = 1., shift: Tensor | float = 0.) -> Moments:
+    def affine(self, scale: np.ndarray | float = 1., shift: np.ndarray | float = 0.) -> Moments:
         "Moments of `scale*x + shift`, each a number or one number per channel."
         return Moments(self.count, self.mean*scale + shift, self.var*scale**2)
 
@@ -52,23 +66,28 @@ def first_tensor(out) -> Tensor | None:
     return next((t for o in out if (t := first_tensor(o)) is not None), None)
 
 
+def flat(x: Tensor) -> Tensor:
+    "The elements of `x` in the order they lie in memory: a view unless `x` has gaps or repeats."
+    if x.is_contiguous(): return x.view(-1)
+    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d))).reshape(-1)
+
+
 def _sums(x: Tensor, dim: int, by_channel: bool) -> tuple[Tensor, Tensor]:
-    "Sum of each channel (C,), and sum of squares of each channel (C,) or of everything (1,)."
+    "Float32 (or float64) sums that add up to those of each channel (..., C), and roots of such sums of squares: (..., C), or of pieces of everything (n,)."
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide = torch.float32 if x.device.type == 'mps' else torch.float64  # mps has no double
-    others, inner = [d for d in range(x.dim()) if d != dim], list(range(dim+1, x.dim()))
-    if inner and x.stride(dim) != 1:
-        # Each channel is a contiguous plane: reduce planes at the speed of memory, then the few plane sums in double.
-        lead = list(range(dim))
-        s = x.sum(inner, dtype=acc).to(wide)
-        q = torch.linalg.vector_norm(x, dim=inner, dtype=acc).to(wide).square()
-        if lead: s,q = s.sum(lead),q.sum(lead)
-        return s, q if by_channel else q.sum().reshape(1)
-    # Channels lie side by side (linear layers, channels-last): norms along rows are fast, down columns ten times slower.
-    s = (x.sum(others, dtype=acc) if others else x.to(acc)).to(wide)
-    if by_channel: q = (x.to(acc).square().sum(others) if others else x.to(acc).square()).to(wide)
-    else: q = torch.linalg.vector_norm(x, dim=dim, dtype=acc).to(wide).square().sum().reshape(1)
-    return s, q
+    c,others,inner = x.shape[dim],[d for d in range(x.dim()) if d != dim],list(range(dim+1, x.dim()))
+    planes = bool(inner) and x.stride(dim) != 1  # Each channel is a contiguous plane, or else channels lie side by side
+    if planes and x.is_contiguous() and dim and x.stride(dim) < _SMALL:  # over the samples first, in long rows: many small planes take ten times as long
+        s = x.view(-1, c*x.stride(dim)).sum(0, dtype=acc).view(c, -1).sum(1, dtype=acc)
+    elif planes: s = x.sum(inner, dtype=acc)
+    else: s = x.sum(others, dtype=acc) if others else x.to(acc)
+    if not by_channel:
+        f = flat(x)
+        whole = f.numel()//_ROW*_ROW
+        q = torch.linalg.vector_norm(f[:whole].view(-1, _ROW), dim=1, dtype=acc)
+        return s, torch.cat([q, torch.linalg.vector_norm(f[whole:], dtype=acc)[None]]) if whole < f.numel() else q
+    if planes: return s, torch.linalg.vector_norm(x, dim=inner, dtype=acc)
+    return s, (x.to(acc).square().sum(others) if others else x.to(acc).square()).sqrt()  # norms down columns take ten times as long
 
 
 def channel_moments(
@@ -88,10 +107,12 @@ def channel_moments(
 
     def take(x):
         s,q = _sums(x, dim, by_channel)
-        sums = torch.cat([s,q]).to('cpu', torch.float64).numpy()  # numpy: its operations on a few numbers cost a fifth of torch's
-        mean,square = sums[:c]/n, sums[c:]/(n if by_channel else n*c)
+        # The few that are left are added up in double, on the host.
+        sums = torch.cat([s.flatten(), q.flatten()]).cpu().numpy().astype(np.float64)
+        s,q = sums[:s.numel()].reshape(-1, c).sum(0), sums[s.numel():]
+        mean,square = s/n, (q*q).reshape(-1, c).sum(0)/n if by_channel else q @ q/(n*c)
         squared = mean*mean if by_channel else mean @ mean/c
-        return mean, square - squared, squared
+        return mean, np.atleast_1d(square - squared), squared
 
     with np.errstate(all='ignore'):
         mean,var,squared = take(x)
@@ -101,7 +122,7 @@ def channel_moments(
             centre = torch.from_numpy(mean).to(acc)
             rest,var,_ = take(x.to(acc) - centre.to(x.device).reshape(shape))
             mean = centre.double().numpy() + rest
-        return Moments(n, torch.from_numpy(mean), torch.from_numpy(np.maximum(var, 0.)))
+        return Moments(n, mean, np.maximum(var, 0.))
 
 
 def pool(
@@ -112,7 +133,7 @@ def pool(
     n = sum(m.count for m in moments)
     mean = sum(m.mean*(m.count/n) for m in moments)
     def between(m):  # variance that the distance of this part's means from the common ones adds
-        d = (m.mean - mean).square()
+        d = (m.mean - mean)**2
         return d if len(m.var) == len(d) else d.mean()
     return Moments(n, mean, sum((m.var + between(m))*(m.count/n) for m in moments))
 
@@ -120,11 +141,11 @@ def pool(
 def all_ranks(m: Moments) -> Moments:
     "Moments pooled over the ranks of `torch.distributed`, bit for bit the same on each; `m` itself where there is one process."
     if not several_ranks(): return m
-    mine = torch.cat([torch.tensor([float(m.count)], dtype=torch.float64), m.mean, m.var]).to(_device())
+    mine = torch.from_numpy(np.concatenate([[m.count], m.mean, m.var])).to(_device())
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     c = len(m.mean)
-    return pool([Moments(int(p[0]), p[1:c+1], p[c+1:]) for p in (p.cpu() for p in parts)])
+    return pool([Moments(int(p[0]), p[1:c+1], p[c+1:]) for p in (p.cpu().numpy() for p in parts)])
 
 
 def any_rank(yes: bool) -> bool:

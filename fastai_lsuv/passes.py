@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -36,9 +37,9 @@ class Goal:
     def met(self, unit: Unit, m: Moments) -> bool:
         "Whether a fresh mini-batch finds the unit's std (or, where no loop scales, its mean) within `batch_tol` of its target."
         mean,std = m.stats(self.per_channel)
-        if self.loops and not any('std' in words for words in self.loops): return bool((mean - self.mean).abs().mean() <= self.batch_tol*self.std[unit])
+        if self.loops and not any('std' in words for words in self.loops): return bool(abs(mean - self.mean).mean() <= self.batch_tol*self.std[unit])
         std = std[std > 0]
-        return len(std) > 0 and bool(((std/self.std[unit] - 1).abs().mean() <= self.batch_tol))
+        return len(std) > 0 and bool(abs(std/self.std[unit] - 1).mean() <= self.batch_tol)
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Passes:
         self.corrected: dict[Unit, int] = {u: 0 for u in units}
         self.reason: dict[Unit, str] = {}
         self.immovable: set[Unit] = set()
-        self._nudges: dict[Unit, tuple[Tensor, Tensor]] = {}  # How far off, in logarithms, and the step that was taken
+        self._nudges: dict[Unit, tuple[np.ndarray, np.ndarray]] = {}  # How far off, in logarithms, and the step that was taken
         self._owner: dict[Any, Unit] = {}  # Of each weight, the unit that ran first
         self._given: dict[Unit, Any] = {}  # What a unit that may have to run again was given
         self._raw: dict[Unit, tuple] = {}  # What layers put out, where others' hooks follow
@@ -149,10 +150,11 @@ class Passes:
         target = self.goal.std[u]
         return run_loops(self.goal.loops, meter, self.goal.mean, target, self.goal.tol*min(1., target), max_steps)  # a small target asks for more
 
+    @np.errstate(all='ignore')
     def _solve(self, u: Unit, seen: Seen, x: Tensor) -> None:
         "Run the loops of an affine unit on its moments, and mend its output in place by one fused multiply-add."
         b = getattr(u.layer, 'bias', None)
-        b = 0. if b is None else b.detach().to('cpu', torch.float64, copy=True)
+        b = np.zeros(1) if b is None else b.detach().to('cpu', torch.float64, copy=True).numpy()
         z = [m.affine(1., -b) for m in seen.moments]
         meter = AffineMeter(pool(z), b, u.bias is not None, self.goal.per_channel)
         if varies(meter.z, seen.pooled): self.reason[u] = self._loop(u, meter, _MAX_STEPS)
@@ -165,9 +167,10 @@ class Passes:
         x = x.as_subclass(Tensor)
         shape = [1]*x.dim()
         if x.dim(): shape[u.channel_dim] = -1
-        offset = ((1 - a)*b + shift).to(x).reshape(shape)
-        if len(a) == 1: torch.add(offset, x, alpha=a.item(), out=x)
-        else: torch.addcmul(offset, a.to(x).reshape(shape), x, out=x)
+        def by_channel(v): return torch.from_numpy(v).to(x).reshape(shape)
+        offset = by_channel((1 - a)*b + shift)
+        if len(a) == 1: torch.add(offset, x, alpha=float(a[0]), out=x)
+        else: torch.addcmul(offset, by_channel(a), x, out=x)
 
     def _rerun(self, u: Unit, seen: Seen, given: tuple[tuple, dict], out: Any) -> Any:
         "Run the loops by running the unit again on what it was given; returns the output of its last run."
@@ -198,16 +201,17 @@ class Passes:
         m,goal = self.seen[u].pooled,self.goal
         if not self._may_change(u) or not varies(m) or goal.met(u, m): return
         mean,std = m.stats(goal.per_channel)
-        height = (std/goal.std[u]).log()
         calls = len(self.seen[u].moments)
-        power = torch.full_like(std, calls**0.5)
-        if u in self._nudges:
-            height_before,step_before = self._nudges[u]
-            slope = (height - height_before)/step_before
-            power = torch.where(slope.isfinite() & (slope > 0), slope.clamp(0.5, 4*calls), power)
-        step = torch.where(height.isfinite(), -height/power, torch.zeros_like(height))
+        power = np.full_like(std, calls**0.5)
+        with np.errstate(all='ignore'):
+            height = np.log(std/goal.std[u])
+            if u in self._nudges:
+                height_before,step_before = self._nudges[u]
+                slope = (height - height_before)/step_before
+                power = np.where(np.isfinite(slope) & (slope > 0), slope.clip(0.5, 4*calls), power)
+            step = np.where(np.isfinite(height), -height/power, 0.)
         self._nudges[u] = height,step
-        u.scales[0].mul(step.exp())
+        u.scales[0].mul(np.exp(step))
         if u.bias is not None and u not in self.immovable and any('mean' in words for words in goal.loops): u.bias.add(goal.mean - mean)
         self._mark(u)
 
@@ -259,8 +263,8 @@ class _RunMeter:
 def varies(m: Moments, beside: Moments | None = None) -> bool:
     "Whether an activation varies by more than the rounding error of float32, in itself or `beside` what it is part of."
     _,std = m.stats()
-    size = max(o.mean.abs().max().item() + o.var.max().item()**0.5 for o in (m, beside or m))
-    return std.item() > _NOISE*size
+    size = max(abs(o.mean).max() + o.var.max()**0.5 for o in ((m,) if beside is None else (m, beside)))
+    return bool(std[0] > _NOISE*size)
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -20,6 +20,7 @@ __all__ = ['Snapshot', 'memory', 'preserved', 'train_without_dropout']
 
 _HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # attached and removed by whoever registers them
 _MOST_ITEMS = 1000  # A longer list holds data, not state
+_PLAIN = {type(None), bool, int, float, str}  # Most attributes of modules: not worth a look
 _SMALL = 2**16  # Parameters of no more elements are copied without asking what they are for
 
 
@@ -34,22 +35,26 @@ class _Contents:
         self.value,self.copy,self.inner = value,None,[]
         if isinstance(value, Tensor):
             if tensors and not is_lazy(value) and memory(value) not in but: self.copy = value.detach().clone()
-        elif isinstance(value, tuple(_GENERATORS)): self.copy = deepcopy(_generator(value)[0](value))
+        elif isinstance(value, _GENERATOR_TYPES): self.copy = deepcopy(_generator(value)[0](value))
         elif isinstance(value, (list, dict, set, deque)) or tensors and isinstance(value, np.ndarray): self.copy = copy(value)
         if depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
-            inner = (_Contents(v, but, tensors, depth - 1) for v in (value.values() if isinstance(value, dict) else value))
-            self.inner = [c for c in inner if c.copy is not None or c.inner]
+            self.inner = _contents(value.values() if isinstance(value, dict) else value, but, tensors, depth - 1)
 
-    def restore(self) -> Any:
+    def restore(self) -> None:
         v = self.value
         if self.copy is not None:
             if isinstance(v, Tensor): _write(v.detach(), self.copy)
-            elif isinstance(v, tuple(_GENERATORS)): _generator(v)[1](v, self.copy)
+            elif isinstance(v, _GENERATOR_TYPES): _generator(v)[1](v, self.copy)
             elif isinstance(v, (list, np.ndarray)): v[:] = self.copy
             elif isinstance(v, deque): v.clear(); v.extend(self.copy)
             else: v.clear(); v.update(self.copy)
         for c in self.inner: c.restore()
-        return v
+
+
+def _contents(values: Iterable[Any], but: set[int], tensors: bool, depth: int = 3) -> list[_Contents]:
+    "`_Contents` of those of `values` that hold anything which can be put back."
+    held = (_Contents(v, but, tensors, depth) for v in values if type(v) not in _PLAIN and not isinstance(v, nn.Module))
+    return [c for c in held if c.copy is not None or c.inner]
 
 
 def memory(t: Tensor) -> int:
@@ -66,6 +71,7 @@ def _write(t: Tensor, was: Tensor) -> None:
 _GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_state), random.Random: (random.Random.getstate, random.Random.setstate),
                np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
                np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, 'state', state))}
+_GENERATOR_TYPES = tuple(_GENERATORS)
 
 
 def _generator(v: Any) -> tuple: return next(f for c, f in _GENERATORS.items() if isinstance(v, c))
@@ -78,14 +84,15 @@ class Snapshot:
         but: set[int] = frozenset(),  # Addresses of memory that is to keep what is written to it
         tensors: bool = True  # Whether to copy tensors, or only to remember which they were
     ):
-        self.of = [(o, {k: _Contents(v, but, tensors) for k, v in vars(o).items() if k not in _HOOKS}) for o in objects]
+        self.of = [(o, attrs := {k: v for k, v in vars(o).items() if k not in _HOOKS}, _contents(attrs.values(), but, tensors)) for o in objects]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for o, attrs in self.of:
+        for o, attrs, contents in self.of:
             now = vars(o)
             for k in [k for k in now if k not in attrs and k not in _HOOKS]: del now[k]
-            for k, c in attrs.items(): now[k] = c.restore()
+            now.update(attrs)
+            for c in contents: c.restore()
 
 
 class _Params:

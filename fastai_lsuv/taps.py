@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .moments import first_tensor
+from .moments import first_tensor, flat
 
 __all__ = ['Gauge', 'Taps', 'Record']
 
 _NAN = float('nan')
-_CHUNK = 2**17  # Elements measured at a time on the CPU: with the scratch they need, they stay in a core's cache
+_CHUNK = 2**18  # Elements measured at a time on the CPU: with the scratch they need, they stay in a core's cache
 _CENTRE_ABOVE = 16.  # Where mean**2 exceeds this many variances, `E[x**2] - mean**2` loses digits
 
 
@@ -63,7 +63,7 @@ class Gauge:
 
         So take sums, chunk by chunk while it is in the cache, and `std` (two reads) where they cannot be trusted.
         numpy's comparisons write a byte where torch's fast ones write four."""
-        x = _flat(x)
+        x = flat(x)
         a,n,s,q,zeros = x.numpy(),x.numel(),0.,0.,0
         if self.scratch is None: self.scratch = np.empty(_CHUNK, dtype=bool)
         compare,to = (np.equal,np.float32(0)) if grad else (np.less_equal,np.float32(self.near_zero))
@@ -102,12 +102,6 @@ class Gauge:
         # As in `histc`, the last bin holds its upper end. Looked for only where something is at it or above.
         if above: counts[-2] += above - np.count_nonzero(x.numpy() > np.float32(hi))
         return counts[1:-1]
-
-
-def _flat(x: Tensor) -> Tensor:
-    "The elements of `x` in the order they lie in memory: a view unless `x` has gaps or repeats."
-    if x.is_contiguous(): return x.view(-1)
-    return x.permute(sorted(range(x.dim()), key=lambda d: -x.stride(d))).reshape(-1)
 
 
 # ---- The hooks ----

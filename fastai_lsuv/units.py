@@ -4,6 +4,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -50,10 +51,10 @@ class Knob:
         if self.has_setter: setattr(self.owner, self.name, value)
         else: self.tensor.copy_(value)
 
-    def _by_channel(self, x: Tensor) -> Tensor | float:
+    def _by_channel(self, by: np.ndarray) -> Tensor | float:
         "One number, or one a channel, shaped to meet this knob's value."
-        if len(x) == 1: return x.item()
-        v,c = self.tensor,len(x)
+        if len(by) == 1: return float(by[0])
+        v,x,c = self.tensor,torch.from_numpy(by),len(by)
         if v is not None and self.transposed_groups and v.dim() > 1:  # (in, out/groups, ...): column j of group g's rows
             x = x.view(self.transposed_groups, -1).repeat_interleave(v.shape[0]//self.transposed_groups, dim=0)
         if v is None or v.shape[:x.dim()] != x.shape:
@@ -62,16 +63,16 @@ class Knob:
         return x.reshape(*x.shape, *[1]*(v.dim() - x.dim())).to(v)
 
     @torch.no_grad()
-    def mul(self, by: Tensor) -> None:
-        by = self._by_channel(by)
-        if self.has_setter: self.assign(self.value*by)
-        else: self.tensor.mul_(by)
+    def mul(self, by: np.ndarray) -> None:
+        to = self._by_channel(by)
+        if self.has_setter: self.assign(self.value*to)
+        else: self.tensor.mul_(to)
 
     @torch.no_grad()
-    def add(self, by: Tensor) -> None:
-        by = self._by_channel(by)
-        if self.has_setter: self.assign(self.value + by)
-        else: self.tensor.add_(by)
+    def add(self, by: np.ndarray) -> None:
+        to = self._by_channel(by)
+        if self.has_setter: self.assign(self.value + to)
+        else: self.tensor.add_(to)
 
 
 class Unit:

@@ -26,15 +26,15 @@ def check(x, dim=1, rel=1e-5):
     tiny = rel*max(var.mean()**0.5, 1e-30)
     for by_channel in (True, False):
         m = channel_moments(x, dim, by_channel)
-        assert m.count == x.numel()//x.shape[dim] and m.mean.dtype == m.var.dtype == torch.float64
-        np.testing.assert_allclose(m.mean.numpy(), mean, rtol=rel, atol=tiny)
-        np.testing.assert_allclose(m.var.numpy(), var if by_channel else [var.mean()], rtol=rel, atol=tiny**2)
+        assert m.count == x.numel()//x.shape[dim] and m.mean.dtype == m.var.dtype == np.float64
+        np.testing.assert_allclose(m.mean, mean, rtol=rel, atol=tiny)
+        np.testing.assert_allclose(m.var, var if by_channel else [var.mean()], rtol=rel, atol=tiny**2)
         got_mean, got_std = m.stats()
         np.testing.assert_allclose(got_mean.item(), whole.mean(), rtol=rel, atol=tiny)
         if x.numel() > 1: np.testing.assert_allclose(got_std.item(), whole.std(ddof=1), rtol=rel, atol=tiny)
     if m.count > 1:
         got_mean, got_std = channel_moments(x, dim, True).stats(per_channel=True)
-        np.testing.assert_allclose(got_std.numpy(), (var*m.count/(m.count - 1))**0.5, rtol=rel, atol=tiny)
+        np.testing.assert_allclose(got_std, (var*m.count/(m.count - 1))**0.5, rtol=rel, atol=tiny)
 
 
 SHAPES = [(7,), (16, 5), (4, 3, 9), (4, 6, 5, 7), (2, 3, 4, 5, 6), (1, 8, 1, 1), (1, 1), (5, 1, 3, 3)]
@@ -94,14 +94,14 @@ def test_one_channel_off_zero_among_others():
 @pytest.mark.parametrize('shape', [(8, 3, 5, 5), (16, 4)])
 def test_constants(value, shape):
     m = channel_moments(torch.full(shape, value))
-    assert torch.allclose(m.mean, torch.full_like(m.mean, value), rtol=1e-6)
+    np.testing.assert_allclose(m.mean, value, rtol=1e-6)
     assert (m.var <= (1e-6*abs(value))**2).all() and (m.var >= 0).all()
 
 
 def test_one_element_has_no_std():
     m = channel_moments(torch.tensor([[2.5]]))
     mean, std = m.stats()
-    assert mean.item() == 2.5 and std.isnan() and m.finite()
+    assert mean.item() == 2.5 and np.isnan(std) and m.finite()
     mean, _ = channel_moments(torch.tensor(2.5)).stats()  # a scalar
     assert mean.item() == 2.5
 
@@ -122,7 +122,6 @@ def test_tensor_subclass():
     from fastai.vision.core import TensorImage
     x = TensorImage(torch.rand(4, 3, 8, 8, requires_grad=True))
     check(x)
-    assert type(channel_moments(x).mean) is torch.Tensor
 
 
 def test_the_activation_is_not_changed():
@@ -139,7 +138,7 @@ def test_pool_is_the_moments_of_all_together(parts, by_channel, seed):
     got = pool([channel_moments(x, by_channel=by_channel) for x in xs])
     want = channel_moments(torch.cat(xs), by_channel=by_channel)
     assert got.count == want.count
-    for a, b in zip([got.mean, got.var, *got.stats()], [want.mean, want.var, *want.stats()]): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip([got.mean, got.var, *got.stats()], [want.mean, want.var, *want.stats()]): np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 @given(scale=st.floats(-3, 3), seed=st.integers(0, 999))
@@ -147,9 +146,9 @@ def test_affine_is_the_moments_of_the_scaled_and_shifted(scale, seed):
     torch.manual_seed(seed)
     x, shift = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     for by_channel in (True, False):
-        got, want = channel_moments(x, by_channel=by_channel).affine(scale, shift), channel_moments(x*scale + shift[:, None], by_channel=by_channel)
-        torch.testing.assert_close(got.mean, want.mean, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(got.var, want.var, rtol=1e-7, atol=1e-7)
+        got, want = channel_moments(x, by_channel=by_channel).affine(scale, shift.numpy()), channel_moments(x*scale + shift[:, None], by_channel=by_channel)
+        np.testing.assert_allclose(got.mean, want.mean, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(got.var, want.var, rtol=1e-7, atol=1e-7)
 
 
 def test_first_tensor():

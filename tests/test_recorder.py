@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_lsuv import recorder as rec_mod
 from fastai_lsuv.recorder import ActivationStatsRecorder
-from fastai_lsuv.taps import Gauge, _flat
+from fastai_lsuv.moments import flat
+from fastai_lsuv.taps import Gauge
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +156,8 @@ def test_non_finite_activations_are_recorded_as_fastai_does(bad, dtype):
 
 def test_elements_are_never_copied_to_be_reordered():
     x = torch.randn(4, 5, 6, 7)
-    for y in (x, x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2)): assert _flat(y).data_ptr() == y.data_ptr()
-    assert sorted(_flat(x.expand(2, 4, 5, 6, 7)).tolist()) == sorted(x.flatten().tolist()*2)
+    for y in (x, x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2)): assert flat(y).data_ptr() == y.data_ptr()
+    assert sorted(flat(x.expand(2, 4, 5, 6, 7)).tolist()) == sorted(x.flatten().tolist()*2)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(-6, 6), st.integers(1, 40), st.integers(1, 700), st.integers(0, 10**6))
