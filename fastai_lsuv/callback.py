@@ -37,7 +37,7 @@ class LSUVCallback(Callback):
     loaded before, without the optimizer's state, look like any others.
 
     Nothing else of the run is disturbed: random numbers, batches, optimizer, buffers and the state of other callbacks are as they
-    would have been; if anything fails, weights too.
+    would have been; if anything fails, weights too. Raises `TypeError` or `ValueError`, naming the argument, when it is made.
 
     Its `order`, 10.5, puts it after what prepares the model (`TrainEvalCallback`, `ChannelsLast`, your own callbacks of the default
     order 0) and `MixedPrecision`, in whose autocast it measures; before what copies or wraps the model (an EMA, `DistributedTrainer`:
@@ -77,7 +77,7 @@ class LSUVCallback(Callback):
         super().__setattr__(name, value)
         if name == 'learn' and value is not None: self._note()
 
-    def reset(self):
+    def reset(self) -> None:
         "Forget what was done: the next fit initializes the model, whatever its weights mean."
         self.anyway = True
 
@@ -131,7 +131,7 @@ class LSUVCallback(Callback):
     def run_now(self,
         anyway: bool = True,  # Whether weights that were loaded or pretrained are initialized too
         begun: Iterable[Callback] = (),  # Callbacks whose `before_fit` has run
-        **options  # In place of the callback's own
+        **options: Any  # In place of the callback's own, by name
     ) -> LSUVReport | None:  # `None` if there is no mini-batch
         "Initialize the model at once, in a fit or outside, and log what came of it."
         learn,written,watch,remarks = self.learn,self._written(),_Progress(self.learn),[]
@@ -175,10 +175,11 @@ class LSUVCallback(Callback):
 
 @patch
 @delegates(LSUVCallback)
-def lsuv_init(self: Learner, **kwargs) -> LSUVReport:
+def lsuv_init(self: Learner, **kwargs) -> LSUVReport:  # A row a unit, in order of execution; also `learn.lsuv.report`
     """Run LSUV at once, in a fit or outside, whatever the weights mean, with the options of the attached `LSUVCallback` less those given.
 
-    Later fits keep the result. If none is attached, one is, so that `learn.lsuv.report` holds the report."""
+    Later fits keep the result. If none is attached, one is, so that `learn.lsuv.report` holds the report. Raises `ValueError`
+    if there is no mini-batch to run on."""
     cb = next((cb for cb in self.cbs if isinstance(cb, LSUVCallback)), None)
     options = LSUVCallback(**{**(dict(cb.options, min_samples=cb.min_samples) if cb else {}), **kwargs})
     if cb is None: self.add_cb(cb := LSUVCallback(**kwargs))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from fastcore.foundation import L
@@ -32,7 +33,10 @@ class ActivationStatsRecorder(StatsPlots, Callback):
     Like `Recorder`, it starts anew with every fit unless `append`. Between fits nothing is left on the model, unless an
     exception ended one: the hooks then stay, idle, until the next fit. `torch.compile`d models leave their graph at each
     recorded layer, so compile without `fullgraph=True`. Under `torch.distributed` each rank records its own batches,
-    and only the first writes."""
+    and only the first writes.
+
+    It is `learn.activation_stats_recorder`. Raises `ValueError` or `TypeError` for an argument that it does not take, naming
+    it, and `ImportError` for a `.parquet` file without pyarrow; its methods raise `ValueError` before anything is recorded."""
     order,remove_on_fetch,feeds_nothing = -20,True,True  # the last: LSUV need not run it to see what the model is fed
     _stateattrs = ('_taps','_names','_rows','_phase','_strides','_seen','_limits','_fresh','_on','_base','_done','_tail')
 
@@ -230,8 +234,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
     def _columns(self) -> list[str]:
         return ['mean', 'std', 'near_zero'] + (['grad_mean', 'grad_std', 'grad_zero'] if self._grads else [])
 
-    def _frame(self, rows: list[Record]) -> Any:
-        import pandas as pd
+    def _frame(self, rows: list[Record]) -> pd.DataFrame:
         n,names = len(self._names),np.array(self._names, dtype=object)
         cols = {k:np.repeat(np.array([getattr(r, k) for r in rows]), n) for k in ('epoch', 'step', 'phase')}
         cols['layer'] = np.tile(names, len(rows))
@@ -245,7 +248,7 @@ class ActivationStatsRecorder(StatsPlots, Callback):
         "Names of the recorded layers, as in `named_modules()`."
         return list(self._names)
 
-    def df(self) -> Any:
+    def df(self) -> pd.DataFrame:  # A row per record and layer, in order of time
         "What was recorded, a row per step and layer: epoch, step, phase, layer, mean, std, near_zero (grad_mean, grad_std, grad_zero)."
         return self._frame(self._records())
 

@@ -12,9 +12,14 @@ __all__ = ['StatsPlots', 'Pairs', 'Finding', 'Diagnosis', 'limits_of']
 _MANY = 12  # With more layers than this, a colour bar names them instead of a legend
 
 
-class Pairs(list):
+class Pairs(list[tuple[float, float]]):
     "(mean, std) of each layer, which prints as a table."
-    def __init__(self, names: list[str], pairs: list[tuple[float, float]], epoch: int, step: int):
+    def __init__(self,
+        names: list[str],  # Of the layers, as in `named_modules()`
+        pairs: Iterable[tuple[float, float]],  # (mean, std) of each
+        epoch: int,  # When they were recorded: epoch, from 0
+        step: int  # and training step, from 0
+    ):
         super().__init__(pairs)
         self.names,self.epoch,self.step = names,epoch,step
 
@@ -29,7 +34,7 @@ class Pairs(list):
 @dataclass(frozen=True)
 class Finding:
     "One trouble of one layer."
-    layer: str
+    layer: str  # Its name, as in `named_modules()`
     problem: str  # 'explodes', 'vanishes', 'is mostly dead' or 'saturates'
     spans: list[tuple[int, int]]  # First and last step of each stretch of records that show it
     records: int  # How many records show it
@@ -44,9 +49,14 @@ class Finding:
         return f'{self.layer} {self.problem} over {when} ({self.records} of {self.of} records; {self.words} {self.worst:.3g})'
 
 
-class Diagnosis(list):
+class Diagnosis(list[Finding]):
     "A `Finding` for each trouble of each layer, which prints as sentences."
-    def __init__(self, found: Iterable[Finding], records: int, first: int, last: int):
+    def __init__(self,
+        found: Iterable[Finding],  # One for each trouble of each layer
+        records: int,  # How many records were looked at
+        first: int,  # Their first training step
+        last: int  # and their last
+    ):
         super().__init__(found)
         self.over = f'{records} record{"s"*(records != 1)} (steps {first} to {last})'
 
@@ -119,9 +129,9 @@ class StatsPlots:
         stats: str | tuple[str, ...] = ('mean', 'std'),  # Columns of `df()`, a panel each
         phase: str = 'train',  # 'train' or 'valid'
         ax: Any = None,  # One axes for each of `stats`; default: a new figure
-        figsize: tuple[float, float] | None = None
+        figsize: tuple[float, float] | None = None  # Of the new figure, in inches; default: by the number of panels
     ) -> np.ndarray:  # The axes
-        "Plot statistics of all layers over time, coloured by depth."
+        "Plot statistics of all layers over time, coloured by depth. Raises `ValueError` for a column that was not recorded."
         import matplotlib.pyplot as plt
         stats = (stats,) if isinstance(stats, str) else tuple(stats)
         if (unknown := [s for s in stats if s not in self._columns]): raise ValueError(f"stats: got {unknown[0]!r}; it takes {', '.join(self._columns)}")
@@ -149,7 +159,7 @@ class StatsPlots:
     def plot_layer_stats(self,
         i: int | str,  # Layer, by its place in `names` or by name
         ax: Any = None,  # Three axes; default: a new figure
-        figsize: tuple[float, float] = (12, 3)
+        figsize: tuple[float, float] = (12, 3)  # Of the new figure, in inches
     ) -> np.ndarray:  # The axes
         "Plot mean, std and share near zero of one layer over time."
         i,rows = self._index(i),self._records('train')
@@ -162,7 +172,7 @@ class StatsPlots:
 
     def color_dim(self,
         i: int | str | None = None,  # Layer, by its place in `names` or by name; default: a grid of all layers
-        figsize: tuple[float, float] | None = None,
+        figsize: tuple[float, float] | None = None,  # Of the new figure, in inches; default: by the number of layers
         ax: Any = None  # Axes to draw on: one, or for the grid one per layer; default: a new figure
     ) -> Any:  # The axes, or an array of them
         "The 'colourful dimension' plot: histograms (log counts, low values at the bottom) over time."
@@ -190,7 +200,7 @@ class StatsPlots:
     def dead_chart(self,
         phase: str = 'train',  # 'train' or 'valid'
         ax: Any = None,  # Axes to draw on; default: a new figure
-        figsize: tuple[float, float] | None = None
+        figsize: tuple[float, float] | None = None  # Of the new figure, in inches; default: by the number of layers
     ) -> Any:  # The axes
         "Plot the share near zero of every layer (a row each) over time."
         rows,n = self._records(phase),len(self._names)

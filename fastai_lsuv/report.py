@@ -5,9 +5,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import Any, Iterator, overload
 
-if TYPE_CHECKING: import pandas as pd
+import pandas as pd
 
 __all__ = ['LSUVReport', 'Row', 'STATUSES']
 
@@ -36,7 +36,7 @@ class Row:
     mean: float  # Of its output; with `per_channel`, the mean of the channels' means
     std: float  # Of its output; with `per_channel`, the root mean square of the channels' stds
     mean_before: float | None  # Before anything was done, if `baseline` was asked for
-    std_before: float | None
+    std_before: float | None  # The same of its std
     passes: int  # Passes that changed its weight or bias
     status: str  # A key of `STATUSES`
 
@@ -45,7 +45,12 @@ class LSUVReport:
     """What `lsuv_init` did, or `layer_stats` found: a `Row` a unit, in order of execution.
 
     Iterate it, index it by position or by name, print it or show it in a notebook; `.pairs`, `.df()` and `.plot()` give it as
-    (mean, std) tuples, a DataFrame and a picture."""
+    (mean, std) tuples, a DataFrame and a picture. Mean and std are those of the unit's whole output over the mini-batch of the
+    last pass, pooled over all its calls (and over the ranks of `torch.distributed`), the std unbiased as `Tensor.std` is.
+
+    What became of a unit is its `status`, one of `STATUSES`: "ok", "no bias" (std right, and no bias to move the mean with), "off",
+    "frozen", "tied", "constant", "unresponsive", "not called" or "non-finite". A unit is never "ok" unless its std was measured
+    within `batch_tol` of its target."""
     def __init__(self,
         rows: list[Row],  # In order of execution
         order: str = '',  # The loops that were run; "" if none
@@ -55,8 +60,14 @@ class LSUVReport:
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
-    def __getitem__(self, i: int | str) -> Row:
-        "The row of a position or of a unit's name."
+    @overload
+    def __getitem__(self, i: int | str) -> Row: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Row, ...]: ...
+    def __getitem__(self,
+        i: int | slice | str  # Position in order of execution (or a slice), or a unit's name as in `named_modules()`
+    ) -> Row | tuple[Row, ...]:  # Its row; of a slice, a tuple of rows
+        "The row of a position or of a unit's name. Raises `KeyError`, with the names there are, or `IndexError`."
         if not isinstance(i, str): return self.rows[i]
         row = next((r for r in self.rows if r.name == i), None)
         if row is None: raise KeyError(f"{i!r} is no unit of this report; its units are {', '.join(r.name for r in self.rows[:8])}{', ...' if len(self) > 8 else ''}")
@@ -90,9 +101,8 @@ class LSUVReport:
         return (f"LSUV {self.order!r}: {done} of {_count(len(self), 'layer')} at the target std" + (f" ({rest})" if rest else '')
                 + f", {_count(self.n_passes, 'forward pass', 'forward passes')}")
 
-    def df(self) -> pd.DataFrame:
+    def df(self) -> pd.DataFrame:  # A row a unit, in order of execution
         "A DataFrame with a row a unit and the fields of `Row` as columns; those of the baseline only where it was measured."
-        import pandas as pd
         df = pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
         return df if self._baseline else df.drop(columns=['mean_before', 'std_before'])
 
