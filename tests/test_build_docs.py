@@ -1,0 +1,102 @@
+"`scripts/build_docs.py` fails on what it says it fails on."
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_docs import script
+
+nbformat = pytest.importorskip('nbformat')
+NBS = Path(__file__).parent.parent/'nbs'
+
+
+@pytest.fixture(scope='module')
+def docs(): return script('build_docs')
+
+
+@pytest.fixture
+def site(tmp_path):
+    "A small site without a fault."
+    (tmp_path/'api').mkdir()
+    (tmp_path/'a.html').write_text('<h2 id="one">One</h2><a href="api/b.html#two">b</a> <a href="#one">up</a> <a href="https://x.org/y">out</a> <img src="data:image/png;base64,AA">')
+    (tmp_path/'api'/'b.html').write_text('<p id="two"></p><a href="../a.html">a</a>')
+    (tmp_path/'a.html.md').write_text('[b](api/b.html.md#two) `[no](link.md)`')
+    (tmp_path/'api'/'b.html.md').write_text('nothing')
+    (tmp_path/'llms.txt').write_text('- [a](a.html.md): the first')
+    return tmp_path
+
+
+def test_a_site_without_a_fault(docs, site): assert docs.broken_links(site) == []
+
+
+@pytest.mark.parametrize('file,text,wrong', [
+    ('a.html', '<a href="gone.html">x</a>', 'a.html: gone.html leads nowhere'),
+    ('a.html', '<a href="api/b.html#three">x</a>', 'a.html: api/b.html#three leads nowhere'),
+    ('a.html', '<a href="#three">x</a>', 'a.html: #three leads nowhere'),
+    ('a.html', '<img src="images/gone.png">', 'a.html: images/gone.png leads nowhere'),
+    ('api/b.html', '<a href="a.html">x</a>', 'api/b.html: a.html leads nowhere'),
+    ('a.html.md', '![x](a_files/gone.png)', 'a.html.md: a_files/gone.png leads nowhere'),
+    ('llms.txt', '- [gone](gone.html.md): x', 'llms.txt: gone.html.md leads nowhere'),
+])
+def test_broken_links(docs, site, file, text, wrong):
+    (site/file).write_text((site/file).read_text() + '\n' + text)
+    assert docs.broken_links(site) == [wrong]
+
+
+def test_broken_links_of_the_repository(docs, tmp_path):
+    (tmp_path/'nbs').mkdir()
+    (tmp_path/'README.md').write_text('# One\n\n[here](#one) [pages](nbs) [gone](nbs/gone.ipynb) [nowhere](#two)\n\n```\n[code](code.md)\n```\n')
+    assert docs.broken_in_repository(tmp_path) == ['README.md: nbs/gone.ipynb leads nowhere', 'README.md: #two leads nowhere']
+
+
+def test_anchors_are_quartos(docs):
+    for text, anchor in (('What `batches` may be'.replace('`', ''), 'what-batches-may-be'), ('torch.compile', 'torch.compile'), ('LSUVReport.pairs', 'lsuvreport.pairs'),
+                         ('lsuv_init', 'lsuv_init'), ('1. First, things', 'first-things'), ("What differs from fastai's x", 'what-differs-from-fastais-x')):
+        assert docs.heading_id(text) == anchor
+
+
+def project(root, *cells, name='index', sidebar=None):
+    "A small nbdev project with one page."
+    (root/'nbs').mkdir(exist_ok=True)
+    (root/'pyproject.toml').write_text('[tool.nbdev]\nlib_path = "x"\n')
+    if sidebar is not None: (root/'nbs'/'sidebar.yml').write_text(json.dumps({'website': {'sidebar': {'contents': sidebar}}}))
+    new = nbformat.v4
+    nb = new.new_notebook(cells=[new.new_markdown_cell('# Title\n\n> Summary'), *cells], metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')))
+    nbformat.write(nb, root/'nbs'/f'{name}.ipynb')
+    return root
+
+
+def markdown(text): return nbformat.v4.new_markdown_cell(text)
+def code(source, *outputs): return nbformat.v4.new_code_cell(source, outputs=list(outputs))
+
+
+@pytest.mark.parametrize('cells,sidebar,said', [
+    ([markdown('## Part\n\n[down](#part) and $a_c^2$')], None, []),
+    ([markdown('[gone](gone.ipynb)')], None, ['index.html: gone.html leads nowhere', 'index.html.md: gone.html.md leads nowhere']),
+    ([markdown('[part](#part)')], None, ['index.html: #part leads nowhere']),
+    ([code('1/0', nbformat.v4.new_output('error', ename='ZeroDivisionError', evalue='division by zero', traceback=[]))], None, ['index.html: a cell ended in ZeroDivisionError: division by zero']),
+    ([], ['other.ipynb'], ['index.html: not in the sidebar (nbs/sidebar.yml)', 'sidebar: other.html is no page', 'index.html: other.html leads nowhere']),
+], ids=['sound', 'link', 'anchor', 'error', 'sidebar'])
+def test_the_build_fails_on_a_fault(docs, tmp_path, monkeypatch, capsys, cells, sidebar, said):
+    monkeypatch.chdir(project(tmp_path, *cells, sidebar=sidebar))
+    assert docs.main(tmp_path) == int(bool(said))
+    out = capsys.readouterr().out
+    assert [line.removeprefix('broken: ') for line in out.splitlines() if line.startswith('broken: ')] == said
+    page = (tmp_path/'_site'/'index.html').read_text()
+    assert '<h1 id="title">Title</h1>' in page and (not said) == ('<math' in page)
+
+
+def test_names_without_a_page(docs, tmp_path):
+    "A public name that no page shows, and a `show_doc` that shows nothing."
+    shutil.copytree(NBS/'api', tmp_path/'nbs'/'api')
+    nbs,processed = tmp_path/'nbs',tmp_path/'proc'
+    shutil.copytree(nbs, processed)
+    assert not [w for w in docs.build(processed, nbs, tmp_path/'site') if 'show' in w]
+    file = processed/'api'/'callback.ipynb'
+    nb = nbformat.read(file, 4)
+    nb.cells = [c for c in nb.cells if c.source != 'show_doc(LSUVCallback.reset)']
+    next(c for c in nb.cells if c.source == 'show_doc(Learner.lsuv_init)').outputs = []
+    nbformat.write(nb, file)
+    wrong = [w for w in docs.build(processed, nbs, tmp_path/'site') if 'show' in w]
+    assert wrong == ['api/callback.html: show_doc(Learner.lsuv_init) shows nothing', 'LSUVCallback.reset: no page shows it; add `show_doc(LSUVCallback.reset)`',
+                     'Learner.lsuv_init: no page shows it; add `show_doc(Learner.lsuv_init)`']

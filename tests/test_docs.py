@@ -1,0 +1,141 @@
+"The documentation: nothing public without it, README's code runs, notebooks are clean and executed, links lead somewhere, types are right."
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+from fastcore.docments import docments
+
+import fastai_lsuv
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
+
+
+def script(name):
+    "A module of `scripts/`, which is no package."
+    pytest.importorskip('nbdev'), pytest.importorskip('latex2mathml')
+    spec = importlib.util.spec_from_file_location(name, ROOT/'scripts'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def docs(): return script('build_docs')
+
+
+# --- docstrings and docments
+
+def undocumented(f):
+    "What of a function, class or property has no words: itself, parameters, what it returns."
+    is_property = isinstance(f, property)
+    f = f.fget if is_property else f
+    if f.__doc__ is None or len(f.__doc__) < 20: yield 'docstring'
+    variadic = {p.name for p in inspect.signature(f).parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    for name, d in docments(f, full=True).items():
+        if name == 'self' or name in variadic or is_property: continue
+        if name == 'return' and d.anno in (None, 'None', type(None), inspect.Signature.empty): continue
+        if not d.docment: yield name
+
+
+def test_every_public_name_and_parameter_has_words(docs):
+    names = docs.public_names()
+    assert {*fastai_lsuv.__all__, 'LSUVCallback.reset', 'Learner.lsuv_init', 'LSUVReport.plot', 'LSUVReport.ok', 'ActivationStatsRecorder.diagnose', 'Row'} <= set(names)
+    assert len(names) > 25
+    assert {n: missing for n, f in names.items() if (missing := list(undocumented(f)))} == {}
+
+
+def test_what_has_no_words_is_found():
+    def f(a, # a number
+          b: int = 1) -> int: "Adds up two numbers, and one."
+    assert list(undocumented(f)) == ['b', 'return']
+    def g(a: int): ...
+    assert list(undocumented(g)) == ['docstring', 'a']
+
+
+def test_docstrings_name_their_sources():
+    assert 'Mishkin & Matas' in fastai_lsuv.lsuv_init.__doc__ and 'ICLR 2016' in fastai_lsuv.lsuv_init.__doc__ and 'Raises' in fastai_lsuv.lsuv_init.__doc__
+    for status in fastai_lsuv.report.STATUSES: assert f'"{status}"' in fastai_lsuv.LSUVReport.__doc__
+
+
+# --- README and its kind
+
+def blocks(language): return re.findall(rf'```{language}\n(.*?)```', (ROOT/'README.md').read_text(), re.S)
+
+
+def test_readme_code_runs(tmp_path, monkeypatch, axes):
+    from fastai.basics import CrossEntropyLossFlat, DataLoaders, set_seed
+    from fastai_lsuv.__main__ import digits_dls
+    from fastai_lsuv.experiments.networks import lesson11
+    monkeypatch.chdir(tmp_path)
+    set_seed(1, reproducible=True)
+    class Digits(list): loss_func = CrossEntropyLossFlat()  # as the datasets of fastai's data blocks bring one
+    made = digits_dls()
+    dls = DataLoaders.from_dsets(Digits(made.train_ds), Digits(made.valid_ds), bs=64, val_bs=256, device='cpu')
+    space = dict(dls=dls, batch=dls.one_batch()[0])
+    code = blocks('python')
+    assert len(code) >= 2
+    for block in code: exec(compile(block, 'README.md', 'exec'), space := {**space, 'model': lesson11()})
+    assert space['learn'].lsuv.report.ok
+    assert space['learn'].recorder.values[-1][-1] > 0.9, "the README's run does not train"
+
+
+def test_readme_commands():
+    "The two commands are the ones that CI runs: each between its markers, one line."
+    text = (ROOT/'README.md').read_text()
+    for name in 'demo', 'tests': assert re.search(rf'<!-- {name} -->\n```bash\n[^\n]+\n```\n<!-- end -->', text)
+    assert sum('pip install' in b for b in blocks('bash')) == 2
+
+
+def test_links_of_the_repository(docs): assert docs.broken_in_repository(ROOT) == []
+
+
+def test_version_is_told_once():
+    version = fastai_lsuv.__version__
+    assert yaml.safe_load((ROOT/'CITATION.cff').read_text())['version'] == version
+    assert re.search(r'^## \[?([\d.]+)', (ROOT/'CHANGELOG.md').read_text(), re.M)[1] == version
+
+
+def test_workflows_parse():
+    found = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT/'.github'/'workflows').glob('*.yml')}
+    assert {'tests', 'docs', 'release'} <= set(found)
+    assert found['tests']['jobs']['tests']['strategy']['matrix']['python-version'] == ['3.10', '3.11', '3.12', '3.13']
+
+
+# --- notebooks
+
+def test_all_pages_are_there():
+    assert {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'init', 'callback', 'report'} <= {p.stem for p in NOTEBOOKS}
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean_and_executed(path):
+    nbio,clean = pytest.importorskip('fastcore.nbio'),pytest.importorskip('nbdev.clean')
+    nb = nbio.read_nb(path)
+    assert nb.cells[0].cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S', nb.cells[0].source), "starts with a title and a summary"
+    cleaned = deepcopy(nb)
+    clean.clean_nb(cleaned)
+    assert nbio.nb2str(cleaned) == nbio.nb2str(nb), f"not clean: run `nbdev-clean --fname {path.relative_to(ROOT)}`"
+    outputs = [o for c in nb.cells for o in c.get('outputs', [])]
+    assert outputs, "was not executed"
+    assert not [o for o in outputs if o.output_type == 'error' or o.get('name') == 'stderr']
+    said = [''.join(o.get('text', '')) + ''.join(''.join(o.get('data', {}).get(k, '')) for k in ('text/plain', 'text/html', 'text/markdown')) for o in outputs]
+    assert not [t for t in said if re.search(r'(^|[\s"\'(])/(home|tmp|opt|work|root|usr|var)/', t)], "an output holds a path of the machine it ran on"
+    for c in nb.cells:  # a cell that shows something has it shown
+        if c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M) and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M): assert c.outputs, c.source
+
+
+# --- types
+
+@pytest.mark.slow
+def test_types_as_a_consumer_sees_them():
+    pytest.importorskip('mypy')
+    here = Path('tests')/'typing'
+    run = subprocess.run([sys.executable, '-m', 'mypy', '--config-file', str(here/'mypy.ini'), str(here/'consumer.py')], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
