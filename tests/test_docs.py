@@ -93,6 +93,12 @@ def test_readme_commands():
     assert sum('pip install' in b for b in blocks('bash')) == 2
 
 
+def test_readme_tables_are_the_benchmarks():
+    "The comparison in the README is what `benchmarks/features.py` wrote."
+    written = [line for line in (ROOT/'benchmarks'/'results'/'features.md').read_text().splitlines() if line.startswith('|')]
+    assert len(written) > 20 and set(written) <= set((ROOT/'README.md').read_text().splitlines())
+
+
 def test_links_of_the_repository(docs): assert docs.broken_in_repository(ROOT) == []
 
 
