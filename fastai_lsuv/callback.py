@@ -48,7 +48,7 @@ class LSUVCallback(Callback):
 
     def __init__(self,
         order: str = 'std mean',  # Loops to run at each unit: "mean" and "std" separated by spaces, or joined by "+" into one loop
-        modules: Any = None,  # What to measure: types, a predicate of a module, names or globs, modules, or a list of these; every conv, linear and attention layer
+        modules: Any = None,  # What to measure: types, a predicate of a module, names or globs, modules, or a list of these; default: every conv, linear and attention layer
         preinit: str | Callable[[nn.Module], object] | None = 'orthogonal',  # Start from orthonormal weights, from the weights as they are (`None`), or from what a function of each layer makes
         target_mean: float = 0.,  # Mean that the mean loop aims at
         target_std: float | Callable[[str, nn.Module], float] = 1.,  # Std that the std loop aims at, or a function of a unit's name and module that gives it

@@ -31,7 +31,7 @@ def lsuv_init(
     batches: Any,  # One mini-batch (a tensor, or a tuple or dict of the model's inputs), or an iterable of mini-batches, a DataLoader included
     *,
     order: str = 'std mean',  # Loops to run at each unit: "mean" and "std" separated by spaces, or joined by "+" into one loop
-    modules: Any = None,  # What to measure: types, a predicate of a module, names or globs, modules, or a list of these; every conv, linear and attention layer
+    modules: Any = None,  # What to measure: types, a predicate of a module, names or globs, modules, or a list of these; default: every conv, linear and attention layer
     preinit: str | Callable[[nn.Module], object] | None = 'orthogonal',  # Start from orthonormal weights and zero biases, from the weights as they are (`None`), or from what a function of each layer makes
     target_mean: float = 0.,  # Mean that the mean loop aims at
     target_std: float | Callable[[str, nn.Module], float] = 1.,  # Std that the std loop aims at, or a function of a unit's name and module that gives it
@@ -117,7 +117,10 @@ def layer_stats(
     n_inp: int | None = None,  # As in `lsuv_init`
     get_input: Callable[[Any], Any] | None = None  # As in `lsuv_init`
 ) -> LSUVReport:  # A row a layer, in order of execution; `status` says whether std is within 0.1 of 1
-    "The (mean, std) table of `model` as it is, in the mode it trains in: one forward pass, nothing changed."
+    """The (mean, std) table of `model` as it is, in the mode it trains in: one forward pass, nothing changed.
+
+    Batch norm uses the statistics of the batch, dropout is off. Mean and std are those of a layer's whole output, pooled over
+    all its calls, the std unbiased as `Tensor.std` is. Raises `TypeError` or `ValueError`, naming the argument."""
     model = plain(model)
     with _Feed(model, batch, n_inp, get_input) as feed:
         units = find_units(model, modules)

@@ -137,6 +137,17 @@ def test_notebook_is_clean_and_executed(path):
         if c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M) and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M): assert c.outputs, c.source
 
 
+def test_api_pages_are_of_today(docs):
+    "What the pages show of docstrings and comments is what the code says."
+    nbio = pytest.importorskip('fastcore.nbio')
+    outputs = [o for p in (ROOT/'nbs'/'api').glob('*.ipynb') for c in nbio.read_nb(p).cells for o in c.get('outputs', [])]
+    shown = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
+    for name, f in docs.public_names().items():
+        f = f.fget if isinstance(f, property) else f
+        said = inspect.getdoc(f).splitlines() + [d.docment for d in docments(f, full=True).values() if d.docment]
+        assert not [line for line in said if line.strip() not in shown], f'{name}: run the pages in nbs/api again'
+
+
 # --- types
 
 @pytest.mark.slow
