@@ -158,7 +158,7 @@ pre code { padding: 0; background: none; font-size: 1em; }
 .highlight, main > pre, .rendered_html > pre { background: var(--soft) !important; border: 1px solid var(--line); border-radius: 5px; padding: .6rem .8rem; margin: .7rem 0; }
 .output_subarea { margin: .3rem 0 .9rem; overflow-x: auto; } .output_subarea .highlight { margin: .4rem 0; }
 .output_text pre, .output_stream pre { border-left: 3px solid var(--line); padding-left: .8rem; font-size: .8rem; }
-table { border-collapse: collapse; font-size: .88rem; margin: .8rem 0; } th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+table { border-collapse: collapse; border: 0; font-size: .88rem; margin: .8rem 0; } th, td { padding: .3rem .7rem; border: 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 .output_html td, .output_html th { text-align: right; white-space: nowrap; } th { font-weight: 600; }
 details summary { cursor: pointer; color: #57606a; font-size: .85rem; }
 img { max-width: 100%; height: auto; } math[display=block] { margin: .8rem 0; font-size: 1.1rem; }

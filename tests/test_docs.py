@@ -127,7 +127,7 @@ def test_notebook_is_clean_and_executed(path):
     assert nb.cells[0].cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S', nb.cells[0].source), "starts with a title and a summary"
     cleaned = deepcopy(nb)
     clean.clean_nb(cleaned)
-    assert nbio.nb2str(cleaned) == nbio.nb2str(nb), f"not clean: run `nbdev-clean --fname {path.relative_to(ROOT)}`"
+    assert nbio.nb2str(cleaned) == nbio.nb2str(nb), f"not clean: run `nbdev-clean --fname {path}`"
     outputs = [o for c in nb.cells for o in c.get('outputs', [])]
     assert outputs, "was not executed"
     assert not [o for o in outputs if o.output_type == 'error' or o.get('name') == 'stderr']
