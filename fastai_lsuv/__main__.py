@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib
 import pandas as pd
@@ -77,7 +78,8 @@ def beside(dls: DataLoaders, seed: int, lr: float) -> None:
     "Print what `LSUVCallback` has to say beside `lr_find` and `fine_tune`."
     set_seed(seed, reproducible=True)
     learn = Learner(dls, lesson11(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy, cbs=LSUVCallback(modules=ConvLayer))
-    with learn.no_bar():
+    with TemporaryDirectory() as folder, learn.no_bar():
+        learn.path = Path(folder)  # `lr_find` saves the model there
         found = learn.lr_find(show_plot=False, num_it=50).valley
         print(f'\nlr_find initializes the network, and leaves it so: {learn.lsuv.report.summary}. It suggests {found:.2g}.\nfine_tune(1, {lr:.2g}) then fits twice:')
         learn.logger = lambda line: print(line) if isinstance(line, str) else None  # not the table of the epochs

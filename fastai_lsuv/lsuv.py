@@ -21,7 +21,7 @@ from .passes import Goal, Passes, call, varies
 from .preinit import preinitialize
 from .report import LSUVReport, Row
 from .state import Snapshot, memory, preserved, train_without_dropout
-from .units import Unit, find_units
+from .units import Unit, find_units, measurable
 
 __all__ = ['lsuv_init', 'layer_stats']
 
@@ -113,7 +113,7 @@ def layer_stats(
     model: nn.Module,  # Any model
     batch: Any,  # One mini-batch, as in `lsuv_init`; of an iterable, the first is used
     *,
-    modules: Any = None,  # What to measure, as in `lsuv_init`
+    modules: Any = None,  # What to measure, as in `lsuv_init`; modules without a weight, an activation say, too
     n_inp: int | None = None,  # As in `lsuv_init`
     get_input: Callable[[Any], Any] | None = None  # As in `lsuv_init`
 ) -> LSUVReport:  # A row a layer, in order of execution; `status` says whether std is within 0.1 of 1
@@ -123,7 +123,7 @@ def layer_stats(
     all its calls, the std unbiased as `Tensor.std` is. Raises `TypeError` or `ValueError`, naming the argument."""
     model = plain(model)
     with _Feed(model, batch, n_inp, get_input) as feed:
-        units = find_units(model, modules)
+        units = measurable(model, modules)
         for u in units: u.left_alone = ''
         passes = Passes(model, units, Goal((), 0., {u: 1. for u in units}, 1e-3, 0.1, False))
         with preserved(model, []):

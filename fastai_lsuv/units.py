@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-__all__ = ['LAYERS', 'Knob', 'Unit', 'select_modules', 'find_units']
+__all__ = ['LAYERS', 'Knob', 'Unit', 'select_modules', 'measurable', 'find_units']
 
 LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)  # What is normalized unless `modules` says otherwise
 
@@ -195,27 +195,37 @@ def _some(names: Iterable[str], most: int = 8) -> str:
     return ', '.join(map(repr, names[:most])) + (f', ... ({len(names)} in all)' if len(names) > most else '')
 
 
-def find_units(
+def measurable(
     model: nn.Module,
     modules: Any = None  # As in `select_modules`
 ) -> list[Unit]:
-    """The units of `model`, in order of registration, each with what it owns or why it is left alone.
-
-    Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one,
-    and `TypeError` for layers that are complex or compiled by `torch.jit`."""
+    "The selected modules of `model` as units, in order of registration. Raises `TypeError` for layers that are complex or compiled by `torch.jit`."
     for n, m in model.named_modules() if modules is None else select_modules(model, modules):
         if isinstance(m, torch.jit.ScriptModule) and _is_matrix(m):
             raise TypeError(f"model: {n or 'it'!r} is a {m.original_name} compiled by torch.jit, which Python hooks do not reach; "
                             "initialize the model first, then script or trace it")
     units = [Unit(n, m) for n, m in select_modules(model, modules)]
     for u in units:
+        for k in u.knobs:
+            if k.tensor is not None and k.tensor.is_complex():
+                raise TypeError(f"model: {u.name!r} has a {k.tensor.dtype} {k.name}; LSUV normalizes real layers: leave it out with `modules`")
+    return units
+
+
+def find_units(
+    model: nn.Module,
+    modules: Any = None  # As in `select_modules`
+) -> list[Unit]:
+    """The units of `model`, in order of registration, each with what it owns or why it is left alone.
+
+    Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one, and
+    `TypeError` as `measurable` does."""
+    units = measurable(model, modules)
+    for u in units:
         if u.layer is None:
             raise ValueError(f"modules: {u.name!r} ({u.kind}) holds no conv, linear or attention layer, nor a `weight`, to scale; leave it out")
         if (other := next((o for o in units if o is not u and o.layer is u.layer and o.module in set(u.module.modules())), None)):
             raise ValueError(f"modules: {u.name!r} and {other.name!r} inside it are both selected, and both would scale the same layer; select one of them")
-        for k in u.knobs:
-            if k.tensor is not None and k.tensor.is_complex():
-                raise TypeError(f"model: {u.name!r} has a {k.tensor.dtype} {k.name}; LSUV normalizes real layers: leave it out with `modules`")
     # A weight that a module which is no unit holds too (an embedding tied to a decoder) means something else there.
     layers = {id(u.layer) for u in units} | {id(u.module) for u in units}
     elsewhere = {id(p) for m in model.modules() if id(m) not in layers for p in m._parameters.values() if p is not None}

@@ -408,6 +408,11 @@ def test_layer_stats_measures_as_the_model_trains_and_changes_nothing():
     assert stats.n_passes == 1 and layer_stats(model, [(x, 0)], n_inp=1, modules='4').pairs == stats.pairs[1:2]
 
 
+def test_layer_stats_measures_modules_without_a_weight():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(64, 4)
+    for row in layer_stats(model, x, modules=[nn.Tanh, nn.Sequential]): assert (row.mean, row.std) == pytest.approx((model(x).mean().item(), model(x).std().item()), abs=1e-6)
+
+
 def test_layer_stats_leaves_frozen_and_tied_layers_to_their_std():
     m = nn.Linear(4, 4).requires_grad_(False)
     m.weight.data = torch.eye(4); m.bias.data.zero_()
