@@ -8,26 +8,15 @@ from tempfile import TemporaryDirectory
 import matplotlib
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from fastai.basics import SGD, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, progress_bar, set_seed
 from fastcore.script import call_parse
-from sklearn.datasets import load_digits
-from torch import Tensor
 
 from . import ActivationStatsRecorder, LSUVCallback, LSUVReport, layer_stats, lsuv_init
+from .experiments.data import digits
 from .experiments.networks import ConvLayer, lesson11
 from .loops import ORDERS, parse_order
 
 WITHOUT = 'without LSUV'
-
-
-def digits(
-    size: int = 28  # Pixels a side that the 8x8 images are enlarged to
-) -> tuple[Tensor, Tensor]:  # Images (1797, 1, size, size) with mean 0 and std 1, and their classes
-    "scikit-learn's digits, which come with it."
-    images,classes = load_digits(return_X_y=True)
-    x = F.interpolate(torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8), size, mode='bilinear')
-    return (x - x.mean())/x.std(), torch.tensor(classes)
 
 
 def digits_dls(

@@ -1,1 +1,1 @@
-"The studies of the source documents: their networks and data."
+"The studies of the source documents, one command each: `python -m fastai_lsuv.experiments NAME`."

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['GeneralRelu', 'ConvLayer', 'lesson11']
+__all__ = ['GeneralRelu', 'ConvLayer', 'lesson11', 'torch_port', 'Maxout', 'ACTIVATIONS', 'FITNET4', 'Residual', 'fitnet4', 'deep_relu']
 
 
 class GeneralRelu(nn.Module):
@@ -40,3 +40,79 @@ def lesson11(
     widths = [n_in, *nfs]
     convs = [ConvLayer(i, o, 5 if k == 0 else 3, **kwargs) for k, (i, o) in enumerate(zip(widths, widths[1:]))]
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(nfs[-1], n_out))
+
+
+def torch_port(
+    n_out: int = 10  # Classes
+) -> nn.Sequential:
+    "The Torch port's MNIST network, that of Torch's own example with ReLU, for 32x32 images."
+    return nn.Sequential(nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(3, 3, padding=1), nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Flatten(), nn.Linear(64*3*3, 200), nn.ReLU(), nn.Linear(200, n_out))
+
+
+class Maxout(nn.Module):
+    "The largest of `pieces` channels each."
+    def __init__(self, pieces: int = 2):
+        super().__init__()
+        self.pieces = pieces
+    def forward(self, x: Tensor) -> Tensor: return x.unflatten(1, (-1, self.pieces)).amax(2)
+
+
+ACTIVATIONS = {'maxout': Maxout, 'ReLU': nn.ReLU, 'VLReLU': lambda: nn.LeakyReLU(0.333), 'tanh': nn.Tanh, 'sigmoid': nn.Sigmoid}
+
+FITNET4 = (((32, 3), (48, 2)), ((80, 6),), ((128, 6),))  # (filters, layers) of each group, pooled after each stage
+
+
+def _layer(ni: int, nf: int, act: str, norm: bool) -> list[nn.Module]:
+    "A 3x3 convolution that ends in `nf` channels after its activation."
+    out = nf*(2 if act == 'maxout' else 1)
+    return [nn.Conv2d(ni, out, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(out)] if norm else []), ACTIVATIONS[act]()]
+
+
+class Residual(nn.Module):
+    "`x + layers(x)`."
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+    def forward(self, x: Tensor) -> Tensor: return x + self.layers(x)
+
+
+def fitnet4(
+    act: str = 'ReLU',  # One of `ACTIVATIONS`
+    *,
+    n_in: int = 3,  # Channels of the images
+    n_out: int = 10,  # Classes
+    width: float = 1.,  # Filters, as a share of the original's
+    depth: float = 1.,  # Layers of each group, as a share of the original's
+    norm: bool = False,  # Batch norm after each convolution
+    residual: bool = False  # Skip past each two layers of equal width
+) -> nn.Sequential:
+    """FitNet-4, the thin deep net of the paper: 17 convolutions in three stages, pooled over the whole image, and two linear layers.
+
+    Maxout takes the larger of twice as many channels. The residual companion has the same layers: those that keep the
+    width add to what they are given, two at a time."""
+    def scaled(n, by): return max(round(n*by), 1)
+    ni,layers = n_in,[]
+    for stage in FITNET4:
+        for nf, n in stage:
+            nf,n = scaled(nf, width),scaled(n, depth)
+            layers += _layer(ni, nf, act, norm)
+            ni = nf
+            same = [_layer(nf, nf, act, norm) for _ in range(n - 1)]
+            if residual: layers += [Residual(sum(same[i:i+2], [])) for i in range(0, n - 1, 2)]
+            else: layers += sum(same, [])
+        layers.append(nn.MaxPool2d(2) if stage is not FITNET4[-1] else nn.AdaptiveMaxPool2d(1))
+    hidden = scaled(500, width)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(ni, hidden*(2 if act == 'maxout' else 1)), ACTIVATIONS[act](), nn.Linear(hidden, n_out))
+
+
+def deep_relu(
+    depth: int,  # Linear layers
+    n_in: int,  # Pixels of an image
+    n_out: int = 10,  # Classes
+    width: int = 64  # Units of each hidden layer
+) -> nn.Sequential:
+    "A plain ReLU network: linear layers, nothing between them but ReLU."
+    widths = [n_in, *[width]*(depth - 1), n_out]
+    layers = sum(([nn.Linear(i, o), nn.ReLU()] for i, o in zip(widths, widths[1:])), [])
+    return nn.Sequential(nn.Flatten(), *layers[:-1])

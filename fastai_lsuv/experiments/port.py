@@ -1,0 +1,90 @@
+"The Torch port's MNIST experiment, \"All You Need is a Good Init\" (yobibyte, 2016)."
+from __future__ import annotations
+
+from functools import partial
+from math import sqrt
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from fastcore.script import call_parse
+from torch import nn
+
+from .. import LSUVCallback
+from .data import InputError, get_images
+from .networks import torch_port
+from .starts import fill
+from .study import OUT, Runs, curves, numbers, percent, positive, save, say, seeded, table
+
+WITH,WITHOUT = ARMS = 'with LSUV', 'without LSUV'
+PORT = {  # Its table: accuracy by epoch, %
+    (WITH, 0.1): [97.77, 98.45, 98.63, 98.74, 98.88, 98.97, 99.03, 99.01, 99.01, 98.96],
+    (WITH, 0.05): [96.69, 97.94, 98.37, 98.57, 98.72, 98.75, 98.86, 98.86, 98.9, 98.91],
+    (WITHOUT, 0.001): [83.39, 89.25, 91.23, 92.46, 93.23, 93.88, 94.44, 94.81, 95.03, 95.29],
+    (WITH, 0.001): [78.28, 87.75, 91.19, 92.82, 93.81, 94.53, 95.06, 95.4, 95.87, 96.15],
+}
+TOL = 1.1**0.5 - 1  # The port's 0.1 is of the variance, ours of the std
+
+
+@call_parse
+def port(
+    data: str = 'digits',  # 'digits', a folder of MNIST's IDX files, or 'mnist'
+    download: bool = False,  # Let fastai fetch 'mnist'
+    n: int = 0,  # Images to train on; 0: all
+    epochs: int = 10,  # Epochs to train each arm
+    lrs: str = '0.1,0.05,0.001',  # Learning rates of plain SGD, separated by commas
+    bs: int = 100,  # Batch size, of training and of each of LSUV's mini-batches
+    seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
+    out: str = OUT  # Folder for tables and picture
+) -> pd.DataFrame:  # A row an arm, a seed and an epoch
+    """The Torch port's network on MNIST by plain SGD, with LSUV and without, from the same orthogonal start with ReLU gain.
+
+    LSUV is Algorithm 1 as the port ran it: a fresh mini-batch each iteration, variance over the whole mini-batch, tolerance 0.1, at most 10."""
+    positive(epochs=epochs, bs=bs, seeds=seeds)
+    images,rates = get_images(data, n=n, size=32, download=download),numbers('lrs', lrs)
+    if images.train[0].shape[1] != 1: raise InputError(f"--data: {images.name} has {images.train[0].shape[1]} channels; the port's network takes grey images")
+    runs,took = Runs(images, bs, len(rates)*len(ARMS)*seeds, epochs),[]
+    for seed in range(1, seeds + 1):
+        for lr in rates:
+            for arm in ARMS:
+                seeded(seed)
+                model = torch_port(images.classes)
+                # What the port's `nninit` does: the weights are orthogonal, the biases as they come.
+                fill(model, partial(nn.init.orthogonal_, gain=sqrt(2)), zero_bias=False)
+                cbs = [LSUVCallback(order='std', preinit=None, tol=TOL, batch_tol=TOL, max_iter=10, min_samples=1)] if arm == WITH else []
+                learn = runs.fit(dict(arm=arm, lr=lr), seed, model, lr, cbs)
+                if cbs: took.append(learn.lsuv.report.n_passes)
+    df = runs.df()
+    df['document'] = [_document(r.arm, r.lr, r.epoch) for r in df.itertuples()]
+
+    say(f'Data: {images.name}')
+    print(f'LSUV took {min(took)} to {max(took)} mini-batches, the last of which found every layer within its tolerance or was the last allowed')
+    ours = table(df.assign(column=df.arm + df.lr.map(', lr {:g}'.format)), 'epoch', 'column', 'accuracy', percent)
+    say(f'Accuracy, %, mean{" and spread" if seeds > 1 else ""} over {seeds} seed{"s"*(seeds > 1)}', ours)
+    theirs = pd.DataFrame({f'{arm}, lr {lr:g}': accs for (arm, lr), accs in PORT.items()}, index=pd.RangeIndex(1, 11, name='epoch'))
+    say("The document's, 60,000 images to train on, %", theirs)
+    ahead = df.pivot_table(index=['lr', 'seed', 'epoch'], columns='arm', values='accuracy')
+    ahead = 100*(ahead[WITH] - ahead[WITHOUT]).rename('ahead')
+    ahead = ahead.reset_index().assign(epoch=lambda d: 'epoch ' + d.epoch.astype(str))
+    say('LSUV ahead of the same start without it, points', table(ahead.sort_values('lr', ascending=False), 'lr', 'epoch', 'ahead', lambda v: f'{v.mean():+.1f}'))
+    save('port', out, _picture(df, rates), main=df)
+    return df
+
+
+def _document(arm: str, lr: float, epoch: int) -> float:
+    "The document's accuracy, NaN where it has none."
+    accs = PORT.get((arm, lr), ())
+    return accs[epoch - 1]/100 if epoch <= len(accs) else float('nan')
+
+
+def _picture(df: pd.DataFrame, rates: list[float]) -> plt.Figure:
+    "Accuracy by epoch at each learning rate, the document's dashed."
+    fig,axs = plt.subplots(1, len(rates), figsize=(4.4*len(rates), 4), layout='constrained', squeeze=False)
+    for ax, lr in zip(axs[0], rates):
+        for arm, color in zip(ARMS, ('C0', 'black')):
+            of = df[(df.arm == arm) & (df.lr == lr)]
+            curves(ax, of, color=color, label=arm)
+            if of.document.notna().any(): ax.plot(of.groupby('epoch').document.mean(), color=color, ls='--', lw=1, label=f'{arm}, the document')
+        ax.set(title=f'lr {lr:g}', xlabel='epoch', ylabel='accuracy')
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(fontsize=8)
+    return fig
