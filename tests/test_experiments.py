@@ -82,11 +82,11 @@ def test_batchnorm(tmp_path, capsys):
 
 
 def test_step_cost_trains_each_model():
-    models = {'a': nn.Linear(4, 2), 'b': nn.Linear(4, 2)}
-    was = {k: m.weight.detach().clone() for k, m in models.items()}
-    steps = step_cost(models, torch.randn(8, 4), torch.randint(0, 2, (8,)), 3)
+    models = {k: nn.Sequential(nn.Flatten(), nn.Linear(4, 2)) for k in 'ab'}
+    was = {k: m[1].weight.detach().clone() for k, m in models.items()}
+    steps = step_cost(models, torch.randn(8, 4, 1, 1), torch.randint(0, 2, (8,)), 3)
     assert steps.groupby('network').size().tolist() == [3, 3] and (steps.seconds > 0).all()
-    assert not any(torch.equal(was[k], m.weight) for k, m in models.items())
+    assert not any(torch.equal(was[k], m[1].weight) for k, m in models.items())
 
 
 def test_batchsize(tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_maxout_takes_the_larger_of_twice_as_many():
     assert [m.out_channels for m in convs] == [n//2 for n in FITNET] and convs[1].in_channels == 8
     assert [m.out_features for m in layers(model, nn.Linear)] == [250, 10] and layers(model, nn.Linear)[1].in_features == 125
     x = torch.tensor([[1., 5., -3., -4.]])
-    assert Maxout()(x).tolist() == [[5., -3.]]
+    assert Maxout()(x).tolist() == [[1., 5.]] and Maxout(4)(x).tolist() == [[5.]]
     assert Maxout()(x[..., None, None].expand(2, 4, 3, 3)).shape == (2, 2, 3, 3)
 
 

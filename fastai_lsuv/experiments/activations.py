@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 
 from .data import get_images
@@ -22,11 +23,11 @@ def activations(
     size: int = 16,  # Pixels a side of the images
     width: float = 0.25,  # Filters, as a share of FitNet-4's
     depth: float = 1.,  # Layers, as a share of FitNet-4's 17
-    epochs: int = 5,  # Epochs to train each arm
+    epochs: int = 6,  # Epochs to train each arm
     lr: float = 0.01,  # Learning rate of SGD (the paper's first)
     mom: float = 0.9,  # Its momentum
     wd: float = 5e-4,  # Weight decay
-    bs: int = 128,  # Batch size
+    bs: int = 32,  # Batch size
     acts: str = ','.join(ACTIVATIONS),  # Activations to try
     inits: str = ','.join(PAPER),  # Initializations to try; PyTorch is one more
     nets: str = ','.join(NETWORKS),  # Networks to try
@@ -37,7 +38,7 @@ def activations(
 ) -> pd.DataFrame:  # A row an arm, a seed and an epoch
     """FitNet-4 with maxout, ReLU, very leaky ReLU, tanh and sigmoid, from LSUV, orthonormal, Xavier and MSRA: accuracy, or "failed to converge".
 
-    The paper's scale: --data cifar --size 32 --width 1 --epochs 230."""
+    The paper's scale: --data cifar --size 32 --width 1 --bs 128 --epochs 230."""
     positive(size=size, width=width, depth=depth, epochs=epochs, lr=lr, bs=bs, seeds=seeds, margin=margin)
     acts,inits,nets = words('acts', acts, ACTIVATIONS), words('inits', inits, STARTS), words('nets', nets, NETWORKS)
     images = get_images(data, n=n, size=size, download=download)
@@ -48,7 +49,7 @@ def activations(
                 for init in inits:
                     seeded(seed)
                     model = fitnet4(act, n_in=images.train[0].shape[1], n_out=images.classes, width=width, depth=depth, residual=net == 'residual')
-                    runs.fit(dict(network=net, activation=act, init=init), seed, model, lr, start(model, init, order), mom=mom, wd=wd)
+                    runs.fit(dict(network=net, activation=act, init=init), seed, model, lr, [*start(model, init, order), ChannelsLast()], mom=mom, wd=wd)
     df = runs.df()
     floor = 1/images.classes + margin
 

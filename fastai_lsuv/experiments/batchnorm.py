@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.basics import default_device, progress_bar
+from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def batchnorm(
     lr: float = 0.01,  # Learning rate of SGD
     mom: float = 0.9,  # Its momentum
     wd: float = 5e-4,  # Weight decay
-    bs: int = 128,  # Batch size
+    bs: int = 32,  # Batch size
     order: str = 'std',  # LSUV's loops; the paper's scale alone
     rounds: int = 30,  # Steps of each arm to time, in turns
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
@@ -41,7 +42,7 @@ def batchnorm(
 ) -> pd.DataFrame:  # A row an arm, a seed and an epoch
     """FitNet-4 with LSUV, with batch norm from a standard start, and with neither: accuracy against epochs and wall time, and the cost of a step.
 
-    The paper's scale: --data cifar --size 32 --width 1 --epochs 230."""
+    The paper's scale: --data cifar --size 32 --width 1 --bs 128 --epochs 230."""
     positive(size=size, width=width, depth=depth, epochs=epochs, lr=lr, bs=bs, seeds=seeds, rounds=rounds)
     act,init = word('act', act, ACTIVATIONS), word('init', init, [s for s in STARTS if s != 'LSUV'])
     images = get_images(data, n=n, size=size, download=download)
@@ -51,7 +52,7 @@ def batchnorm(
         for arm, (lsuv, norm) in ARMS.items():
             seeded(seed)
             model = network(norm)
-            runs.fit(dict(arm=arm), seed, model, lr, start(model, 'LSUV' if lsuv else init, order), mom=mom, wd=wd)
+            runs.fit(dict(arm=arm), seed, model, lr, [*start(model, 'LSUV' if lsuv else init, order), ChannelsLast()], mom=mom, wd=wd)
     df = runs.df()
     steps = step_cost({name: network(norm) for name, norm in (('without batch norm', False), ('with batch norm', True))},
                       images.train[0][:bs], images.train[1][:bs], rounds)
@@ -74,8 +75,8 @@ def step_cost(
 ) -> pd.DataFrame:  # A row a model and a round
     "Seconds that a training step takes: forward, backward and SGD."
     device,rows = default_device(),[]
-    x,y = x.to(device),y.to(device)
-    opts = {name: torch.optim.SGD(m.to(device).train().parameters(), 1e-3, momentum=0.9) for name, m in models.items()}
+    x,y = x.to(device, memory_format=torch.channels_last),y.to(device)
+    opts = {name: torch.optim.SGD(m.to(device, memory_format=torch.channels_last).train().parameters(), 1e-3, momentum=0.9) for name, m in models.items()}
     def step(name):
         F.cross_entropy(models[name](x), y).backward()
         opts[name].step()
