@@ -128,7 +128,7 @@ def test_normals_are_seeded():
 def test_depth(tmp_path, capsys):
     df = depth(n=128, width=8, depths='2,4', inits='PyTorch,LSUV', lrs='0.1,0.0001', epochs=1, seeds=2, out=str(tmp_path))
     [written] = saved(tmp_path, 'depth')
-    assert len(df) == len(written) == 2*2*2*2 and set(df.depth) == {2, 4}
+    assert len(df) == len(written) == 3*2*2*2 and set(df.depth) == {2, 4} and set(df.init) == {'PyTorch', 'LSUV "std"', 'LSUV "std mean"'}
     assert 'best of 2 learning rates' in capsys.readouterr().out
 
 

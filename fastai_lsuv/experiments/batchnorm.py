@@ -38,7 +38,7 @@ def batchnorm(
     order: str = 'std',  # LSUV's loops; the paper's scale alone
     rounds: int = 30,  # Steps of each arm to time, in turns
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
-    out: str = OUT  # Folder for tables and picture
+    out: str = OUT  # Folder for tables and picture; '' saves nothing
 ) -> pd.DataFrame:  # A row an arm, a seed and an epoch
     """FitNet-4 with LSUV, with batch norm from a standard start, and with neither: accuracy against epochs and wall time, and the cost of a step.
 

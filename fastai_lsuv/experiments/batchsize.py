@@ -28,7 +28,7 @@ def batchsize(
     draws: int = 10,  # Mini-batches of each size to draw
     order: str = 'std',  # LSUV's loops; the paper's scale alone
     seeds: int = 3,  # Networks to try, from seeds 1, 2, ...
-    out: str = OUT  # Folder for tables and picture
+    out: str = OUT  # Folder for tables and picture; '' saves nothing
 ) -> pd.DataFrame:  # A row a network, a size, a draw and a layer
     """The scale that LSUV gives each layer of FitNet-4, from mini-batches of 8 to 512 images and several draws of each.
 
@@ -39,7 +39,7 @@ def batchsize(
     if max(sizes) > len(images.train[0]): raise InputError(f"--sizes: got {max(sizes)}; {images.name} gives at most {len(images.train[0])}")
     unseen,rows = images.valid[0][:512],[]
     jobs = [(seed, bs, draw) for seed in range(1, seeds + 1) for bs in sizes for draw in range(1, draws + 1)]
-    for seed, bs, draw in progress_bar(jobs):
+    for seed, bs, draw in progress_bar(jobs, leave=False):
         seeded(seed)
         model = fitnet4(act, n_in=images.train[0].shape[1], n_out=images.classes, width=width, depth=depth)
         layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]

@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from fastcore.script import call_parse
 
+from ..loops import ORDERS
 from .data import get_images
 from .networks import deep_relu
 from .starts import STARTS, start
@@ -20,26 +21,28 @@ def depth(
     width: int = 64,  # Units of each hidden layer
     depths: str = '10,20,50,100,200',  # Linear layers to try
     inits: str = 'PyTorch,MSRA,orthonormal,LSUV',  # Starts to try; Xavier is one more
-    lrs: str = '0.1,0.01,0.001',  # Learning rates of SGD to try: each start and depth is judged by its best
+    lrs: str = '0.01,0.001',  # Learning rates of SGD to try: each start and depth is judged by its best
     mom: float = 0.9,  # Momentum
-    epochs: int = 5,  # Epochs to train each arm
+    epochs: int = 10,  # Epochs to train each arm
     bs: int = 64,  # Batch size
-    order: str = 'std mean',  # LSUV's loops
+    orders: str = 'std,std mean',  # LSUV's loops, each order an arm
     seeds: int = 2,  # Runs of each arm, from seeds 1, 2, ...
-    out: str = OUT  # Folder for tables and picture
+    out: str = OUT  # Folder for tables and picture; '' saves nothing
 ) -> pd.DataFrame:  # A row an arm, a seed and an epoch
     "Plain ReLU networks of 10 to 200 layers from PyTorch's default start, MSRA, orthonormal and LSUV, each at the best of several learning rates."
     positive(size=size, width=width, epochs=epochs, bs=bs, seeds=seeds)
     deep,inits,rates = numbers('depths', depths, int), words('inits', inits, STARTS), numbers('lrs', lrs)
+    arms = {init: (init,) for init in inits if init != 'LSUV'}  # What `start` takes after the model
+    if 'LSUV' in inits: arms |= {f'LSUV "{order}"': ('LSUV', order) for order in words('orders', orders, ORDERS)}
     images = get_images(data, n=n, size=size, download=download)
-    runs = Runs(images, bs, len(deep)*len(inits)*len(rates)*seeds, epochs)
+    runs = Runs(images, bs, len(deep)*len(arms)*len(rates)*seeds, epochs)
     for seed in range(1, seeds + 1):
         for d in deep:
-            for init in inits:
+            for arm, first in arms.items():
                 for lr in rates:
                     seeded(seed)
                     model = deep_relu(d, images.train[0][0].numel(), images.classes, width)
-                    runs.fit(dict(init=init, depth=d, lr=lr), seed, model, lr, start(model, init, order), mom=mom)
+                    runs.fit(dict(init=arm, depth=d, lr=lr), seed, model, lr, start(model, *first), mom=mom)
     df = runs.df()
     final = best(df[df.epoch == epochs])
 

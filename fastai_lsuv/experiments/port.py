@@ -34,7 +34,7 @@ def port(
     lrs: str = '0.1,0.05,0.001',  # Learning rates of plain SGD, separated by commas
     bs: int = 100,  # Batch size, of training and of each of LSUV's mini-batches
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
-    out: str = OUT  # Folder for tables and picture
+    out: str = OUT  # Folder for tables and picture; '' saves nothing
 ) -> pd.DataFrame:  # A row an arm, a seed and an epoch
     """The Torch port's network on MNIST by plain SGD, with LSUV and without, from the same orthogonal start with ReLU gain.
 

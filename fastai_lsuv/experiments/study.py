@@ -89,7 +89,7 @@ class Runs:
         epochs: int  # Of each
     ):
         self.rows: list[dict] = []
-        self.images,self.bs,self.epochs,self.bar = images,bs,epochs,progress_bar(range(runs*epochs))
+        self.images,self.bs,self.epochs,self.bar = images,bs,epochs,progress_bar(range(runs*epochs), leave=False)
         self.bar.update(0)
 
     def fit(self,
@@ -144,11 +144,12 @@ def say(title: str, what: Any = '') -> None:
 
 def save(
     name: str,  # Of the experiment
-    out: str,  # Folder
+    out: str,  # Folder; '' saves nothing
     fig: plt.Figure,
     **tables: pd.DataFrame  # '' names the main one
 ) -> None:
     "Write the picture and the tables, and say where they are."
+    if not out: return
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder/f'{name}.png']

@@ -31,7 +31,7 @@ def thread(
     bs: int = 64,  # Batch size in training
     lsuv_bs: int = 512,  # Images in the mini-batch that LSUV uses
     seeds: int = 3,  # Runs of each order, from seeds 1, 2, ...
-    out: str = OUT  # Folder for tables and picture
+    out: str = OUT  # Folder for tables and picture; '' saves nothing
 ) -> pd.DataFrame:  # A row an order, a seed and a layer
     """The lesson-11 network: (mean, std) of each layer before LSUV and after each order, beside the thread's own numbers.
 

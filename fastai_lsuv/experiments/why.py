@@ -32,12 +32,12 @@ def why(
     nums: int = 10000,  # Numbers in the products and sums
     width: int = 100,  # Rows and columns of the matrices
     seeds: int = 10,  # Runs of each, from seeds 1, 2, ...
-    out: str = OUT  # Folder for tables and picture
+    out: str = OUT  # Folder for tables and picture; '' saves nothing
 ) -> pd.DataFrame:  # A row a case and a seed
     """Products, sums and six matrix products of normals: the mean and std of each, beside the post's; then the six as a network, before and after LSUV."""
     positive(nums=nums, width=width, seeds=seeds)
     cases,layers = [],[]
-    for seed in progress_bar(range(1, seeds + 1)):
+    for seed in progress_bar(range(1, seeds + 1), leave=False):
         cases += [dict(case=case, seed=seed, mean=y.mean(), std=y.std()) for case, y in normals(nums, width, seed).items()]
         for name, weights in WEIGHTS.items(): layers += [dict(weights=name, seed=seed, **row) for row in as_network(*weights(width), width, seed)]
     df,layers = pd.DataFrame(cases),pd.DataFrame(layers)
