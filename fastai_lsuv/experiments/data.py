@@ -36,7 +36,7 @@ class Images:
         bs: int  # Batch size
     ) -> DataLoaders:
         "In fastai's DataLoaders, on the GPU if there is one."
-        return DataLoaders.from_dsets(*(list(zip(*part)) for part in (self.train, self.valid)), bs=bs, val_bs=500, device=default_device())
+        return DataLoaders.from_dsets(*(list(zip(*part)) for part in (self.train, self.valid)), bs=bs, val_bs=500, num_workers=0, device=default_device())
 
     def batch(self,
         bs: int,  # Images to draw, at most all
