@@ -96,6 +96,7 @@ def _picture(df: pd.DataFrame, by: pd.DataFrame) -> plt.Figure:
         g = first[first['size'] == s].groupby('layer').scale
         axs[2].errorbar(g.mean().index + .5*(i/len(sizes) - .5), g.mean(), g.std(), ls='', marker='.', ms=4, color=plt.get_cmap('viridis')(i/len(sizes)), label=s)
     axs[2].set(title='scale of each layer, mean and spread', xlabel='layer', ylim=(0, None))
+    axs[2].xaxis.get_major_locator().set_params(integer=True)
     axs[2].legend(title='images', fontsize=7, ncols=2)
     for ax in axs: ax.grid(alpha=.3)
     for ax in axs[:2]: ax.set_xlabel('images in the mini-batch')

@@ -64,8 +64,8 @@ def port(
     say("The document's, 60,000 images to train on, %", theirs)
     ahead = df.pivot_table(index=['lr', 'seed', 'epoch'], columns='arm', values='accuracy')
     ahead = 100*(ahead[WITH] - ahead[WITHOUT]).rename('ahead')
-    ahead = ahead.reset_index().assign(epoch=lambda d: 'epoch ' + d.epoch.astype(str))
-    say('LSUV ahead of the same start without it, points', table(ahead.sort_values('lr', ascending=False), 'lr', 'epoch', 'ahead', lambda v: f'{v.mean():+.1f}'))
+    say('LSUV ahead of the same start without it, points, by epoch',
+        table(ahead.reset_index().sort_values(['lr', 'epoch'], ascending=[False, True]), 'lr', 'epoch', 'ahead', lambda v: f'{v.mean():+.1f}'))
     save('port', out, _picture(df, rates), main=df)
     return df
 
@@ -86,5 +86,6 @@ def _picture(df: pd.DataFrame, rates: list[float]) -> plt.Figure:
             if of.document.notna().any(): ax.plot(of.groupby('epoch').document.mean(), color=color, ls='--', lw=1, label=f'{arm}, the document')
         ax.set(title=f'lr {lr:g}', xlabel='epoch', ylabel='accuracy')
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(fontsize=8)
+    named = {label: handle for ax in axs[0] for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(named.values(), named, loc='outside lower center', ncols=2 if len(rates) < 3 else 4, frameon=False)
     return fig

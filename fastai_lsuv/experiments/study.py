@@ -138,8 +138,11 @@ def table(
 
 def say(title: str, what: Any = '') -> None:
     "Print a table under its title."
-    print(f'\n{title}', flush=True)
-    if len(what): print(what.to_string() if isinstance(what, (pd.DataFrame, pd.Series)) else what, flush=True)
+    if isinstance(what, pd.Series): what = what.to_frame()
+    if isinstance(what, pd.DataFrame):  # the names of rows and columns in the corner, not in a line of their own
+        corner = ' / '.join(str(name) for name in (what.index.name, what.columns.name) if name)
+        what = what.rename_axis(index=None, columns=corner or None).to_string()
+    print(f'\n{title}\n{what}' if len(what) else f'\n{title}')
 
 
 def save(

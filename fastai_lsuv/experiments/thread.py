@@ -82,6 +82,6 @@ def _picture(pairs: pd.DataFrame, trained: pd.DataFrame, arms: list[str]) -> plt
         ax.set(title=title, xlabel='epoch' if ax is axs[2] else 'layer')
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.3)
-    axs[2].set_ylim(0, 1)
+    axs[2].set_ylim(None, 1)
     fig.legend(*axs[2].get_legend_handles_labels(), loc='outside lower center', ncols=len(arms), frameon=False)
     return fig
