@@ -39,7 +39,7 @@ def test_thread(tmp_path, capsys):
     assert pairs[pairs.order == 'std'].thread_mean.isna().all() and set(THREAD) < set(ORDERS)
     assert trained.accuracy.between(0, 1).all() and (trained.seconds > 0).all()
     said = capsys.readouterr().out
-    assert 'order="mean std"   beside the thread\'s\n(0.' in said and '(0.3387000263, 0.9999998808)' in said and 'thread.png' in said
+    assert 'order="mean std"                        the thread\'s\n(0.' in said and '(0.3387000263, 0.9999998808)' in said and 'thread.png' in said
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ EXPERIMENTS = {
     'why': "why mean 0 and std 1: products, sums and matrix products of normals",
     'depth': "how deep a plain ReLU network still trains, by its start",
 }
-USAGE = 'usage: python -m fastai_lsuv.experiments NAME [options]\n\n' + '\n'.join(f'  {k:<12}{v}' for k, v in EXPERIMENTS.items()) + '\n\nNAME --help lists its options.'
+LIST = '\n'.join(f'  {name:<12}{what}' for name, what in EXPERIMENTS.items())
+USAGE = f'usage: python -m fastai_lsuv.experiments NAME [options]\n\n{LIST}\n\nNAME --help lists its options.'
 
 
 def main(

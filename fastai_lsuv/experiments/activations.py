@@ -53,7 +53,8 @@ def activations(
     df = runs.df()
     floor = 1/images.classes + margin
 
-    say(f'Data: {images.name}, {size} pixels a side\nFitNet-4 of width {width:g} and depth {depth:g}, {epochs} epochs, SGD with lr {lr:g}, momentum {mom:g}, batch {bs}')
+    say(f'Data: {images.name}, {size} pixels a side\n'
+        f'FitNet-4 of width {width:g} and depth {depth:g}, {epochs} epochs, SGD with lr {lr:g}, momentum {mom:g}, batch {bs}')
     final = df[df.epoch == epochs]
     for net in nets:
         say(f'{net}: accuracy after {epochs} epochs, %, or failed to converge (below {100*floor:.0f} %)',
@@ -75,7 +76,8 @@ def cell(
 
 def _picture(df: pd.DataFrame, nets: list[str], acts: list[str], inits: list[str], floor: float) -> plt.Figure:
     "Accuracy by epoch: a row a network, a column an activation."
-    fig,axs = plt.subplots(len(nets), len(acts), figsize=(2.9*len(acts) + .6, 2.7*len(nets) + .7), layout='constrained', squeeze=False, sharex=True, sharey=True)
+    size = 2.9*len(acts) + .6, 2.7*len(nets) + .7
+    fig,axs = plt.subplots(len(nets), len(acts), figsize=size, layout='constrained', squeeze=False, sharex=True, sharey=True)
     for row, net in zip(axs, nets):
         for ax, act in zip(row, acts):
             for i, init in enumerate(inits):

@@ -32,7 +32,8 @@ def batchsize(
 ) -> pd.DataFrame:  # A row a network, a size, a draw and a layer
     """The scale that LSUV gives each layer of FitNet-4, from mini-batches of 8 to 512 images and several draws of each.
 
-    A draw is one mini-batch, used alone: one correcting pass from the same orthonormal weights. What it found is then held against images that it did not see."""
+    A draw is one mini-batch, used alone: one correcting pass from the same orthonormal weights. What it found is then
+    held against images that it did not see."""
     positive(size=size, width=width, depth=depth, draws=draws, seeds=seeds)
     act,sizes = word('act', act, ACTIVATIONS), numbers('sizes', sizes, int)
     images = get_images(data, n=n, size=size, download=download)
@@ -51,7 +52,8 @@ def batchsize(
     df = pd.DataFrame(rows)
     by = summary(df)
 
-    say(f'Data: {images.name}, {size} pixels a side\nFitNet-4 of width {width:g} and depth {depth:g}, {act}, {df.layer.max()} layers; {draws} mini-batches of each size, {seeds} networks')
+    say(f'Data: {images.name}, {size} pixels a side\n'
+        f'FitNet-4 of width {width:g} and depth {depth:g}, {act}, {df.layer.max()} layers; {draws} mini-batches of each size, {seeds} networks')
     shown = by.groupby('size', sort=False)[['spread', 'worst', 'bias', 'off']].agg(lambda v: pm(v, 1, 100))
     shown['within'] = [f'{100*v:.0f}' for v in by.groupby('size', sort=False).within.mean()]
     say('By mini-batch size, in %: spread of the found scale over the draws (mean over layers, and worst layer), its distance from the largest size\'s,\n'
@@ -94,7 +96,8 @@ def _picture(df: pd.DataFrame, by: pd.DataFrame) -> plt.Figure:
     sizes = sorted(df['size'].unique())
     for i, s in enumerate(sizes):
         g = first[first['size'] == s].groupby('layer').scale
-        axs[2].errorbar(g.mean().index + .5*(i/len(sizes) - .5), g.mean(), g.std(), ls='', marker='.', ms=4, color=plt.get_cmap('viridis')(i/len(sizes)), label=s)
+        at = i/len(sizes)
+        axs[2].errorbar(g.mean().index + .5*(at - .5), g.mean(), g.std(), ls='', marker='.', ms=4, color=plt.get_cmap('viridis')(at), label=s)
     axs[2].set(title='scale of each layer, mean and spread', xlabel='layer', ylim=(0, None))
     axs[2].xaxis.get_major_locator().set_params(integer=True)
     axs[2].legend(title='images', fontsize=7, ncols=2)

@@ -66,7 +66,8 @@ def read_idx(
         except (OSError, EOFError, zlib.error) as e: raise InputError(f"{path}: a gzip file that cannot be unpacked ({e}); get it again") from None
     head = 4 + 4*dims
     if raw[:4] != bytes((0, 0, 8, dims)) or len(raw) < head:
-        raise InputError(f"{path}: begins with {raw[:4].hex(' ') or 'nothing'}; an IDX file of unsigned bytes in {dims} dimension{'s'*(dims > 1)} begins with 00 00 08 {dims:02d}")
+        raise InputError(f"{path}: begins with {raw[:4].hex(' ') or 'nothing'}; "
+                         f"an IDX file of unsigned bytes in {dims} dimension{'s'*(dims > 1)} begins with 00 00 08 {dims:02d}")
     shape = np.frombuffer(raw, '>u4', dims, 4).tolist()
     if len(raw) - head != np.prod(shape):
         raise InputError(f"{path}: holds {len(raw) - head} bytes of data where its header says {'x'.join(map(str, shape))}; get it again")
@@ -106,7 +107,9 @@ def _from_folders(folder: Path, n: int) -> tuple | None:
     "Images in `train/<class>/` and `test/<class>/`; no more of them are read than are asked for."
     parts = [next((folder/name for name in names if (folder/name).is_dir()), None) for names in (_TRAIN, _TEST)]
     if parts == [None, None]: return None
-    if None in parts: raise InputError(f"{folder}: holds {next(filter(None, parts)).name}/ but no {('train', 'test')[parts.index(None)]}/<class>/ folders beside it")
+    if None in parts:
+        missing = ('train', 'test')[parts.index(None)]
+        raise InputError(f"{folder}: holds {next(filter(None, parts)).name}/ but no {missing}/<class>/ folders beside it")
     classes = sorted(p.name for p in parts[0].iterdir() if p.is_dir())
     found = []
     for part, most in zip(parts, (n, _to_test(n))):
@@ -149,11 +152,12 @@ def _folder(data: str, download: bool) -> Path:
     if url is None:
         if download: raise InputError(f"--download: got --data {data!r}; it takes --data mnist or --data cifar")
         if not Path(data).is_dir():
-            raise InputError(f"--data: got {data!r}, which is no folder; it takes 'digits', a folder of MNIST's IDX files or of train/<class>/ and test/<class>/ images, "
-                             "or 'mnist' or 'cifar' as fastai keeps them")
+            raise InputError(f"--data: got {data!r}, which is no folder; it takes 'digits', a folder of MNIST's IDX files or of "
+                             "train/<class>/ and test/<class>/ images, or 'mnist' or 'cifar' as fastai keeps them")
         return Path(data)
     kept = fastai_cfg().path('data')/Path(url).stem
-    if not download and not kept.is_dir(): raise InputError(f"--data: got {data!r}, and it is not in {kept.parent}; add --download, or name a folder of your own")
+    if not download and not kept.is_dir():
+        raise InputError(f"--data: got {data!r}, and it is not in {kept.parent}; add --download, or name a folder of your own")
     return untar_data(url)
 
 
@@ -175,8 +179,8 @@ def get_images(
         folder = _folder(data, download)
         found = _from_idx(folder) or _from_folders(folder, n)
         if found is None:
-            raise InputError(f"{folder}: holds neither MNIST's IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-..., each with or without .gz) "
-                             "nor folders train/<class>/ and test/<class>/")
+            raise InputError(f"{folder}: holds neither MNIST's IDX files (train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-..., each with or without "
+                             ".gz) nor folders train/<class>/ and test/<class>/")
         *parts,classes,name = found
         train,valid = ((_sized(x, size), y) for x, y in parts)
     if n and n < len(train[0]):

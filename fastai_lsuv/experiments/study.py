@@ -75,7 +75,8 @@ class _Epochs(Callback):
     def after_train(self): self.seconds += time.perf_counter() - self.began
     def after_epoch(self):
         train_loss,valid_loss,acc = self.recorder.values[-1]
-        self.runs.rows.append({**self.arm, 'epoch': self.epoch + 1, 'accuracy': acc, 'train_loss': train_loss, 'valid_loss': valid_loss, 'seconds': self.seconds})
+        seen = dict(epoch=self.epoch + 1, accuracy=acc, train_loss=train_loss, valid_loss=valid_loss, seconds=self.seconds)
+        self.runs.rows.append(self.arm | seen)
         self.runs.bar.update(len(self.runs.rows))
         self.began = time.perf_counter()  # validation does not count
 

@@ -13,10 +13,14 @@ from .starts import STARTS, fill
 from .study import OUT, Runs, curves, percent, positive, save, say, seeded, table
 
 THREAD = {  # The (mean, std) pairs that its posts report
-    'mean std': [(0.3387000262737274, 0.9999998807907104), (0.0426153801381588, 1.0), (0.18416695296764374, 1.0), (0.17540690302848816, 0.9999998807907104), (0.313778281211853, 1.0)],
-    'mean+std': [(9.123160005231057e-10, 1.0), (9.647741450180547e-08, 1.0000001192092896), (1.3737007975578308e-08, 1.0), (7.55535438656807e-08, 1.0), (-1.862645149230957e-08, 1.0)],
-    'mean std mean std': [(3.679674520640219e-08, 1.0), (3.466800535534276e-08, 1.0000001192092896), (1.7229467630386353e-08, 1.0), (3.818422555923462e-08, 0.9999999403953552), (-8.195638656616211e-08, 1.0)],
-    'std mean': [(-1.9462740752373975e-08, 0.9999998807907104), (-5.321842966310442e-10, 0.9999999403953552), (6.05359673500061e-09, 1.0), (-6.28642737865448e-09, 1.0), (-2.421438694000244e-08, 0.9999998807907104)],
+    'mean std': [(0.3387000262737274, 0.9999998807907104), (0.0426153801381588, 1.0), (0.18416695296764374, 1.0),
+                 (0.17540690302848816, 0.9999998807907104), (0.313778281211853, 1.0)],
+    'mean+std': [(9.123160005231057e-10, 1.0), (9.647741450180547e-08, 1.0000001192092896), (1.3737007975578308e-08, 1.0),
+                 (7.55535438656807e-08, 1.0), (-1.862645149230957e-08, 1.0)],
+    'mean std mean std': [(3.679674520640219e-08, 1.0), (3.466800535534276e-08, 1.0000001192092896), (1.7229467630386353e-08, 1.0),
+                          (3.818422555923462e-08, 0.9999999403953552), (-8.195638656616211e-08, 1.0)],
+    'std mean': [(-1.9462740752373975e-08, 0.9999998807907104), (-5.321842966310442e-10, 0.9999999403953552), (6.05359673500061e-09, 1.0),
+                 (-6.28642737865448e-09, 1.0), (-2.421438694000244e-08, 0.9999998807907104)],
 }
 BEFORE = 'before LSUV'
 
@@ -56,10 +60,13 @@ def thread(
     say(f'Data: {images.name}')
     for arm in arms:
         of = pairs[(pairs.order == arm) & (pairs.seed == 1)]
-        lines = [f'({r.mean:.10g}, {r.std:.10g})' + (f'({r.thread_mean:.10g}, {r.thread_std:.10g})'.rjust(44) if arm in THREAD else '') for r in of.itertuples(index=False)]
-        say(arm if arm == BEFORE else f'order="{arm}"' + ('   beside the thread\'s' if arm in THREAD else ' (not in the thread)'), '\n'.join(lines))
-    largest = pairs.assign(mean=pairs['mean'].abs(), std=(pairs['std'] - 1).abs(), thread=pairs.thread_mean.abs()).groupby('order', sort=False)[['mean', 'std', 'thread']].max()
-    say(f'Largest over the layers and {seeds} seeds', largest.set_axis(['|mean|', '|std - 1|', "thread's |mean|"], axis=1).map(lambda v: '' if v != v else f'{v:.1e}'))
+        def pair(mean, std): return '' if mean != mean else f'({mean:.10g}, {std:.10g})'
+        lines = [pair(r.mean, r.std).ljust(40) + pair(r.thread_mean, r.thread_std) for r in of.itertuples(index=False)]
+        title = arm if arm == BEFORE else f'order="{arm}"'.ljust(40) + "the thread's" if arm in THREAD else f'order="{arm}" (not in the thread)'
+        say(title, '\n'.join(line.rstrip() for line in lines))
+    off = pairs.assign(**{'|mean|': pairs['mean'].abs(), '|std - 1|': (pairs['std'] - 1).abs(), "thread's |mean|": pairs.thread_mean.abs()})
+    largest = off.groupby('order', sort=False)[['|mean|', '|std - 1|', "thread's |mean|"]].max()
+    say(f'Largest over the layers and {seeds} seed{"s"*(seeds > 1)}', largest.map(lambda v: '' if v != v else f'{v:.1e}'))
     say(f'Accuracy after each epoch, %: lr {lr:g}, batch {bs}', table(trained, 'order', 'epoch', 'accuracy', percent))
     save('thread', out, _picture(pairs, trained, arms), main=pairs, training=trained)
     return pairs
@@ -77,7 +84,7 @@ def _picture(pairs: pd.DataFrame, trained: pd.DataFrame, arms: list[str]) -> plt
             ax.fill_between(by[what].mean().index, by[what].min(), by[what].max(), color=kwargs['color'], alpha=.12, lw=0)
         curves(axs[2], trained[trained.order == arm], **kwargs)
     for arm in THREAD:
-        axs[0].plot(range(1, 6), [m for m, _ in THREAD[arm]], ls='', marker='x', color=f'C{arms.index(arm) - 1}', label="the thread's" if arm == 'mean std' else None)
+        axs[0].plot(range(1, 6), [m for m, _ in THREAD[arm]], ls='', marker='x', color=f'C{arms.index(arm) - 1}')
     for ax, title in zip(axs, ('mean of each layer (x: the thread)', 'std of each layer', 'accuracy')):
         ax.set(title=title, xlabel='epoch' if ax is axs[2] else 'layer')
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -51,8 +51,9 @@ def why(
         "document's mean": by.document_mean.first().map(small), "document's std": by.document_std.first().map(small)}))
     for name, of in layers[layers.seed == 1].groupby('weights', sort=False):
         wide = of.pivot(index='layer', columns='when', values=['mean', 'std'])
+        wide = wide.map(lambda v: f'{v:.4g}' if abs(v) > 1e-4 else '0.0000')
         say(f'Six linear layers, weights of {name}, as a network',
-            pd.DataFrame({f'{what} {when}': wide[what, when].map(lambda v: f'{v + 0.:.4g}' if abs(v) > 1e-4 else '0.0000') for when in ('before', 'after') for what in ('mean', 'std')}))
+            pd.DataFrame({f'{what} {when}': wide[what, when] for when in ('before', 'after') for what in ('mean', 'std')}))
     save('why', out, _picture(layers), main=df, network=layers)
     return df
 
