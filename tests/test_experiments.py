@@ -52,7 +52,7 @@ def test_port(tmp_path, capsys):
     again = port(n=200, epochs=1, lrs='0.1', seeds=1, bs=50, out=str(tmp_path))
     assert again.accuracy.tolist() == df[(df.lr == .1) & (df.epoch == 1) & (df.seed == 1)].accuracy.tolist()  # seeded
     said = capsys.readouterr().out
-    assert 'with LSUV, lr 0.1' in said and '97.77' in said and 'LSUV took 2 to ' in said
+    assert 'with LSUV, lr 0.1' in said and '97.77' in said and 'LSUV took ' in said
 
 
 def test_the_documents_table_is_whole(): assert [len(v) for v in PORT.values()] == [10]*4 and PORT[WITH, .1][-1] == 98.96

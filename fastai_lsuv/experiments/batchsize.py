@@ -53,7 +53,7 @@ def batchsize(
     by = summary(df)
 
     say(f'Data: {images.name}, {size} pixels a side\n'
-        f'FitNet-4 of width {width:g} and depth {depth:g}, {act}, {df.layer.max()} layers; {draws} mini-batches of each size, {seeds} networks')
+        f'FitNet-4 of width {width:g} and depth {depth:g}, {act}, {df.layer.max()} layers; {draws} mini-batches of each size, seeds 1 to {seeds}')
     shown = by.groupby('size', sort=False)[['spread', 'worst', 'bias', 'off']].agg(lambda v: pm(v, 1, 100))
     shown['within'] = [f'{100*v:.0f}' for v in by.groupby('size', sort=False).within.mean()]
     say('By mini-batch size, in %: spread of the found scale over the draws (mean over layers, and worst layer), its distance from the largest size\'s,\n'

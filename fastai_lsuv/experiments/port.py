@@ -57,8 +57,9 @@ def port(
     df['document'] = [_document(r.arm, r.lr, r.epoch) for r in df.itertuples()]
 
     say(f'Data: {images.name}')
-    print(f'LSUV took {min(took)} to {max(took)} mini-batches, the last of which found every layer within its tolerance or was the last allowed')
-    ours = table(df.assign(column=df.arm + df.lr.map(', lr {:g}'.format)), 'epoch', 'column', 'accuracy', percent)
+    used = ' to '.join(str(n) for n in sorted({min(took), max(took)}))
+    print(f'LSUV took {used} mini-batches; the last found every layer within its tolerance, or was the last allowed')
+    ours = table(df.assign(arm=df.arm + df.lr.map(', lr {:g}'.format)), 'epoch', 'arm', 'accuracy', percent)
     say(f'Accuracy, %, mean{" and spread" if seeds > 1 else ""} over {seeds} seed{"s"*(seeds > 1)}', ours)
     theirs = pd.DataFrame({f'{arm}, lr {lr:g}': accs for (arm, lr), accs in PORT.items()}, index=pd.RangeIndex(1, 11, name='epoch'))
     say("The document's, 60,000 images to train on, %", theirs)
