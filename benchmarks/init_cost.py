@@ -26,7 +26,7 @@ from fastai_lsuv.state import train_without_dropout
 from fastai_lsuv.units import find_units
 
 
-def cnn(depth, width=16):
+def cnn(depth, width):
     "A plain CNN: convolutions 3x3 with ReLUs between."
     layers = []
     for i in range(depth): layers += [nn.Conv2d(width if i else 3, width, 3, padding=1), nn.ReLU()]
@@ -190,7 +190,7 @@ def main(
     no_peers:bool=False,  # Leave the peers out
     batch:int=32,  # Images in the mini-batch
     size:int=64,  # Height and width of the images
-    width:int=16,  # Channels of the plain CNNs; with more of them, what is done to activations weighs less beside the convolutions
+    width:int=32,  # Channels of the plain CNNs; the fewer, the more weighs what is done to activations beside the convolutions
     threads:int=0,  # CPU threads; 0: torch's default
     cpu_time:bool=False,  # Take the processor's time, not the wall clock's: for a machine that is busy with other things, with one thread
     device:str='',  # 'cuda' or 'cpu'; default: CUDA where there is one

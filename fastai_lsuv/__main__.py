@@ -27,7 +27,7 @@ def digits_dls(
     x,y = digits()
     idx = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
     train,test = ([(x[i], y[i]) for i in part] for part in (idx[valid:], idx[:valid]))
-    return DataLoaders.from_dsets(train, test, bs=bs, val_bs=256, device='cpu')
+    return DataLoaders.from_dsets(train, test, bs=bs, val_bs=256, num_workers=0, device='cpu')
 
 
 def show_pairs(title: str, report: LSUVReport) -> None:

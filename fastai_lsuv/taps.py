@@ -14,7 +14,7 @@ from .moments import first_tensor, flat
 __all__ = ['Gauge', 'Taps', 'Record']
 
 _NAN = float('nan')
-_CHUNK = 2**18  # Elements measured at a time on the CPU: with the scratch they need, they stay in a core's cache
+_CHUNK = 2**17  # Elements measured at a time on the CPU: with the scratch they need, they stay in a core's cache
 _CENTRE_ABOVE = 16.  # Where mean**2 exceeds this many variances, `E[x**2] - mean**2` loses digits
 
 
