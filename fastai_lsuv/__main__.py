@@ -63,10 +63,10 @@ def picture(
     plt.close(fig)
 
 
-def beside(dls: DataLoaders, seed: int, lr: float) -> None:
+def beside(bs: int, seed: int, lr: float) -> None:
     "Print what `LSUVCallback` has to say beside `lr_find` and `fine_tune`."
     set_seed(seed, reproducible=True)
-    learn = Learner(dls, lesson11(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy, cbs=LSUVCallback(modules=ConvLayer))
+    learn = Learner(digits_dls(bs), lesson11(), loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy, cbs=LSUVCallback(modules=ConvLayer))
     with TemporaryDirectory() as folder, learn.no_bar():
         learn.path = Path(folder)  # `lr_find` saves the model there
         found = learn.lr_find(show_plot=False, num_it=50).valley
@@ -96,8 +96,7 @@ def main(
     except ValueError as e: raise SystemExit(f'--orders: {e}')
     matplotlib.use('agg')
     warnings.filterwarnings('ignore', category=FutureWarning)
-    dls = digits_dls(bs)
-    x = torch.stack([dls.train_ds[i][0] for i in range(256)])
+    x = torch.stack([digits_dls().train_ds[i][0] for i in range(256)])
 
     stats: dict[str, LSUVReport] = {}
     accs: dict[str, list[float]] = {}
@@ -108,6 +107,7 @@ def main(
         if arm == WITHOUT: stats[arm] = layer_stats(model, x, modules=ConvLayer)
         else: stats[arm] = lsuv_init(lesson11(), x, order=arm, modules=ConvLayer)
         set_seed(seed, reproducible=True)
+        dls = digits_dls(bs)  # their order, too, is drawn when they are made
         recorder = ActivationStatsRecorder(modules=ConvLayer)
         cbs = [recorder] if arm == WITHOUT else [LSUVCallback(order=arm, modules=ConvLayer), recorder]
         learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy, cbs=cbs)
@@ -119,7 +119,7 @@ def main(
     acc = pd.DataFrame(accs, index=pd.RangeIndex(1, epochs + 1, name='epoch'))
     print(f'\nAccuracy on {len(dls.valid_ds)} unseen digits, by epoch\n{acc.to_string(float_format="{:.3f}".format)}')
     for arm in (WITHOUT, arms[0]): print(f'\nActivations in training, {arm}\n{verdicts[arm]}')
-    beside(dls, seed, lr)
+    beside(bs, seed, lr)
     path = Path(out).resolve()
     picture(stats, acc, path)
     print(f'\nPicture: {path}')
