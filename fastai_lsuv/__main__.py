@@ -96,7 +96,8 @@ def main(
     except ValueError as e: raise SystemExit(f'--orders: {e}')
     matplotlib.use('agg')
     warnings.filterwarnings('ignore', category=FutureWarning)
-    x = torch.stack([digits_dls().train_ds[i][0] for i in range(256)])
+    train = digits_dls().train_ds
+    x = torch.stack([train[i][0] for i in range(256)])
 
     stats: dict[str, LSUVReport] = {}
     accs: dict[str, list[float]] = {}

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .moments import Moments, _unbias
+from .moments import Moments, unbias
 
 __all__ = ['ORDERS', 'parse_order', 'run_loops', 'Meter', 'AffineMeter']
 
@@ -116,7 +116,7 @@ class AffineMeter:
         self.mean_z,self.mean_b = z.mean.sum()/c, bias.sum()/len(bias)
         m,b = z.mean - self.mean_z, bias - self.mean_b
         self.var_z,self.cov,self.var_b = z.var.sum()/len(z.var) + m @ m/c, 2*(m*b).sum()/c, b @ b/len(b)
-        self.unbias = _unbias(z.count*c)
+        self.unbias = unbias(z.count*c)
 
     def stats(self):
         if self.per_channel: return self.z.affine(self.weight_scale, self.bias + self.bias_shift).stats(True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'from_rank_0', 'several_ranks', 'first_tensor', 'flat']
+__all__ = ['Moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'from_rank_0', 'several_ranks', 'first_tensor', 'flat', 'unbias']
 
 T = TypeVar('T')
 
@@ -36,7 +36,7 @@ class Moments:
         return self._of_channels if per_channel else self._of_whole
 
     @cached_property
-    def _of_channels(self) -> tuple[np.ndarray, np.ndarray]: return self.mean, np.sqrt(self.var*_unbias(self.count))
+    def _of_channels(self) -> tuple[np.ndarray, np.ndarray]: return self.mean, np.sqrt(self.var*unbias(self.count))
 
     @cached_property
     def _of_whole(self) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +44,7 @@ class Moments:
         with np.errstate(all='ignore'):
             mean = self.mean.sum(keepdims=True)/c
             d = self.mean - mean
-            return mean, np.sqrt((self.var.sum(keepdims=True)/len(self.var) + d @ d/c)*_unbias(self.count*c))
+            return mean, np.sqrt((self.var.sum(keepdims=True)/len(self.var) + d @ d/c)*unbias(self.count*c))
 
     def finite(self) -> bool:
         "False if the activation held a NaN or an infinity, or its squares overflowed."
@@ -55,7 +55,9 @@ class Moments:
         return Moments(self.count, self.mean*scale + shift, self.var*scale**2)
 
 
-def _unbias(n: int) -> float: return n/(n - 1) if n > 1 else float('nan')
+def unbias(n: int) -> float:
+    "What turns the population variance of `n` elements into the unbiased one; NaN for a single element."
+    return n/(n - 1) if n > 1 else float('nan')
 
 
 def first_tensor(out) -> Tensor | None:
