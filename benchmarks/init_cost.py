@@ -5,12 +5,12 @@ time over the mean of theirs, and the figure shown is the median of the ratios o
 one call of `fastai_lsuv.passes.Passes`, with the hooks that it attaches and removes; what `lsuv_init` does around it (finding
 the units, copies to roll back to, the report) and the verifying pass are left out.
 
-Peak memory is what torch's allocator holds at most above the model and the mini-batch themselves: counted from its own
-events on the CPU, `max_memory_allocated` on a GPU."""
+Peak memory is what is held at most above the model and the mini-batch themselves: on the CPU what torch's allocator holds,
+counted from its own events, and what Python and numpy hold, the two peaks added up; on a GPU `max_memory_allocated`."""
 import os
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which counts memory here, is talkative
 
-import copy, csv, gc, statistics, time, warnings
+import copy, csv, gc, statistics, time, tracemalloc, warnings
 from functools import partial
 
 import torch
@@ -65,7 +65,7 @@ LIKE_FOR_LIKE = 'resnet50'  # where `lsuv` is timed without its orthonormal star
 
 
 def peak_bytes(f, device):
-    "Most memory that torch holds during `f()`, above what it held before."
+    "Most memory that is held during `f()`, above what was held before."
     gc.collect()
     if device.type == 'cuda':
         torch.cuda.synchronize()
@@ -74,13 +74,16 @@ def peak_bytes(f, device):
         f()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - held
+    tracemalloc.start()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+    in_python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     sizes = [n for _, n in sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')]
     now = most = 0
     for n in sizes:
         now += n
         most = max(most, now)
-    return most
+    return most + in_python
 
 
 class Bench:

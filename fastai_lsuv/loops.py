@@ -46,12 +46,16 @@ class Meter(Protocol):
     "What the loops need of a unit: to measure its output, and to move what it is made of."
     can_shift: bool  # Whether there is a bias to move the mean with
     affine: bool  # Whether the output is known to be affine in weight and bias, and answers as such
-    def stats(self) -> tuple[np.ndarray, np.ndarray]: "Mean and std, float64: (1,), or (C,) when each channel is normalized."
+    def stats(self) -> tuple[np.ndarray, np.ndarray]: "Mean and std, float64: two numbers, or (C,) each when each channel is normalized."
     def shift(self, by: np.ndarray) -> None: "Add `by` to the bias."
     def scale(self, by: np.ndarray) -> None: "Multiply the weight by `by`."
 
 
 def _off(stat: np.ndarray, target: float, tol: float) -> np.ndarray: return abs(stat - target) > tol
+
+def _any(yes: np.ndarray) -> bool: return yes.any() if yes.ndim else bool(yes)  # most have one number to look at, and numpy is slow at that
+
+def _where(yes: np.ndarray, a: np.ndarray, b: float) -> np.ndarray: return np.where(yes, a, b) if yes.ndim else a if yes else np.float64(b)
 
 
 def run_loops(
@@ -73,24 +77,24 @@ def run_loops(
             for _ in range(max_steps):
                 to_shift = _off(mean, target_mean, tol) & shifts
                 to_scale = _off(std, target_std, tol) & (std > 0) & scales  # a channel that does not vary cannot be scaled; it is left as it is
-                shift,scale = to_shift.any(),to_scale.any()
+                shift,scale = _any(to_shift),_any(to_scale)
                 if not (shift or scale): break
-                factor = np.where(to_scale, target_std/std, 1.)
-                if shift: meter.shift(np.where(to_shift, target_mean - mean, 0.))
+                factor = _where(to_scale, target_std/std, 1.)
+                if shift: meter.shift(_where(to_shift, target_mean - mean, 0.))
                 if scale: meter.scale(factor)
                 was,(mean,std) = std,meter.stats()
-                if not (np.isfinite(mean).all() and np.isfinite(std).all()): return 'non-finite'
+                if _any(~np.isfinite(mean + std)): return 'non-finite'
                 if meter.affine or shift: continue
                 asked,got = np.log(factor),np.log(std/was)
                 telling = abs(asked) > _TELLING  # by less, rounding drowns the response
-                if not telling.any(): continue
+                if not _any(telling): continue
                 response,grows = np.median((got/asked)[telling]),np.median(asked[telling]) > 0
                 if response < (_STIRS if grows else _MIN_RESPONSE): return 'unresponsive'
             else:
                 # The biases of an affine unit may differ by more than the target std, and no scale of its weight changes that.
                 if meter.affine and scales and (abs(np.log(std/target_std)) > _MIN_RESPONSE)[std > 0].any(): return 'unresponsive'
-                if not meter.affine and shifts and _off(mean, target_mean, tol).any(): return 'immovable'
-            if shifts and not scales and (std < _MIN_STD_KEPT*std_at_start).any(): return 'immovable'
+                if not meter.affine and shifts and _any(_off(mean, target_mean, tol)): return 'immovable'
+            if shifts and not scales and _any(std < _MIN_STD_KEPT*std_at_start): return 'immovable'
     return ''
 
 
@@ -102,21 +106,22 @@ class AffineMeter:
     Nothing is touched until the caller applies `weight_scale` and `bias_shift`."""
     affine = True
     def __init__(self,
-        z: Moments,  # Moments of the output without its bias
-        bias: np.ndarray,  # (C,) float64, or (1,) for all
+        z: Moments,  # Moments of the output without its bias, by channel unless all biases are the same and the whole is normalized
+        bias: np.ndarray,  # (C,) float64, or one number for all
         can_shift: bool,  # Whether the bias may be moved
         per_channel: bool  # Normalize each channel, or the whole output
     ):
         self.z,self.bias,self.can_shift,self.per_channel = z,bias,can_shift,per_channel
-        size = len(z.mean) if per_channel else 1
-        self.weight_scale,self.bias_shift = np.ones(size),np.zeros(size)
+        self.weight_scale,self.bias_shift = (np.ones_like(z.mean),np.zeros_like(z.mean)) if per_channel else (np.float64(1),np.float64(0))
         if per_channel: return
         # The whole depends on a few numbers: the means of z and of the bias, and the parts of var(a z + b).
-        c = len(z.mean)
-        self.mean_z,self.mean_b = z.mean.sum()/c, bias.sum()/len(bias)
-        m,b = z.mean - self.mean_z, bias - self.mean_b
-        self.var_z,self.cov,self.var_b = z.var.sum()/len(z.var) + m @ m/c, 2*(m*b).sum()/c, b @ b/len(b)
+        c = z.mean.size
         self.unbias = unbias(z.count*c)
+        self.mean_z,self.var_z,self.mean_b,self.cov,self.var_b = z.mean,z.var,bias,0.,0.
+        if z.mean.ndim:
+            self.mean_z,self.mean_b = z.mean.sum()/c, bias.sum()/bias.size
+            m,b = z.mean - self.mean_z, bias - self.mean_b
+            self.var_z,self.cov,self.var_b = z.var.sum()/z.var.size + m @ m/c, 2*(m*b).sum()/c, (b*b).sum()/b.size
 
     def stats(self):
         if self.per_channel: return self.z.affine(self.weight_scale, self.bias + self.bias_shift).stats(True)

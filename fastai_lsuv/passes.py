@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .loops import AffineMeter, Meter, run_loops
-from .moments import Moments, all_ranks, channel_moments, first_tensor, pool
+from .moments import Moments, all_ranks, channel_moments, first_tensor, pool, whole_moments
 from .units import LAYERS, Knob, Unit
 
 __all__ = ['Goal', 'Seen', 'Passes', 'call', 'varies']
@@ -38,6 +38,7 @@ class Goal:
         "Whether a fresh mini-batch finds the unit's std (or, where no loop scales, its mean) within `batch_tol` of its target."
         mean,std = m.stats(self.per_channel)
         if self.loops and not any('std' in words for words in self.loops): return bool(abs(mean - self.mean).mean() <= self.batch_tol*self.std[unit])
+        if not self.per_channel: return bool(std > 0 and abs(std/self.std[unit] - 1) <= self.batch_tol)
         std = std[std > 0]
         return len(std) > 0 and bool(abs(std/self.std[unit] - 1).mean() <= self.batch_tol)
 
@@ -45,6 +46,7 @@ class Goal:
 @dataclass
 class Seen:
     "What one pass saw of a unit."
+    bias: np.ndarray  # What its moments hold of it: (C,), or a number if the biases are all the same, or of no matter
     shape: tuple[int, ...] = ()  # Of its output, in the last call
     moments: list[Moments] = field(default_factory=list)  # Of each call's output, under the weights as they now are
 
@@ -130,11 +132,13 @@ class Passes:
         if self._rerunning: return None
         x,raw,given = first_tensor(out),self._raw.pop(u, None),self._given.pop(u, None)
         if x is None or x.numel() == 0: return None
-        seen = self.seen.setdefault(u, Seen())
+        may_change = self._correct and self._may_change(u)
+        seen = self.seen.get(u)
+        if seen is None: seen = self.seen[u] = Seen(_biases(u) if may_change and u.affine else np.float64(0))
         seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(len(self.seen), len(self.units))
-        seen.moments.append(self.measure(u, x))
-        if not self._correct or not self._may_change(u): return None
+        seen.moments.append(self.measure(u, x, by_channel=seen.bias.ndim > 0))
+        if not may_change: return None
         # Called several times, it is brought to its goal call by call in the first pass, and between the passes after that.
         if u in self.last and (len(self.last[u].moments) > 1 or len(seen.moments) > 1 or self.goal.met(u, seen.pooled)): return None
         if u.affine and (raw is None or (raw[0] is out and raw[1] == _version(out))): return self._solve(u, seen, x)
@@ -153,8 +157,7 @@ class Passes:
     @np.errstate(all='ignore')
     def _solve(self, u: Unit, seen: Seen, x: Tensor) -> None:
         "Run the loops of an affine unit on its moments, and mend its output in place by one fused multiply-add."
-        b = getattr(u.layer, 'bias', None)
-        b = np.zeros(1) if b is None else b.detach().to('cpu', torch.float64, copy=True).numpy()
+        b = seen.bias
         z = [m.affine(1., -b) for m in seen.moments]
         meter = AffineMeter(pool(z), b, u.bias is not None, self.goal.per_channel)
         if varies(meter.z, seen.pooled): self.reason[u] = self._loop(u, meter, _MAX_STEPS)
@@ -164,13 +167,15 @@ class Passes:
         if u.bias is not None: u.bias.add(shift)
         self._mark(u)
         seen.moments = [m.affine(a, b + shift) for m in z]
+        seen.bias = b + shift
         x = x.as_subclass(Tensor)
         shape = [1]*x.dim()
         if x.dim(): shape[u.channel_dim] = -1
-        def by_channel(v): return torch.from_numpy(v).to(x).reshape(shape)
-        offset = by_channel((1 - a)*b + shift)
-        if len(a) == 1: torch.add(offset, x, alpha=float(a[0]), out=x)
-        else: torch.addcmul(offset, by_channel(a), x, out=x)
+        def by_channel(v): return torch.as_tensor(v).to(x).reshape(shape)
+        offset = (1 - a)*b + shift
+        if not offset.any() and a.size == 1: x.mul_(a.item())
+        elif a.size == 1: torch.add(by_channel(offset), x, alpha=a.item(), out=x)
+        else: torch.addcmul(by_channel(offset), by_channel(a), x, out=x)
 
     def _rerun(self, u: Unit, seen: Seen, given: tuple[tuple, dict], out: Any) -> Any:
         "Run the loops by running the unit again on what it was given; returns the output of its last run."
@@ -219,8 +224,10 @@ class Passes:
         self._changed.add(u)
         torch.clear_autocast_cache()
 
-    def measure(self, u: Unit, x: Tensor) -> Moments:
-        return all_ranks(channel_moments(x, u.channel_dim, by_channel=self.goal.per_channel))
+    def measure(self, u: Unit, x: Tensor, by_channel: bool = False) -> Moments:
+        "Moments of an output, on all ranks: of the whole, unless channels matter."
+        each = self.goal.per_channel
+        return all_ranks(channel_moments(x, u.channel_dim, each) if each or by_channel else whole_moments(x))
 
     def run_again(self, u: Unit, given: tuple[tuple, dict]) -> Any:
         "What `u` puts out for what it was `given`, run alone."
@@ -264,7 +271,15 @@ def varies(m: Moments, beside: Moments | None = None) -> bool:
     "Whether an activation varies by more than the rounding error of float32, in itself or `beside` what it is part of."
     _,std = m.stats()
     size = max(abs(o.mean).max() + o.var.max()**0.5 for o in ((m,) if beside is None else (m, beside)))
-    return bool(std[0] > _NOISE*size)
+    return bool(std > _NOISE*size)
+
+
+def _biases(u: Unit) -> np.ndarray:
+    "The bias of an affine unit: (C,) float64, or a number if it has none or all are the same."
+    b = getattr(u.layer, 'bias', None)
+    if b is None: return np.float64(0)
+    b = b.detach().to('cpu', torch.float64, copy=True).numpy()
+    return b[0] if (b == b[0]).all() else b
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -35,8 +35,8 @@ class _Contents:
         self.value,self.copy,self.inner = value,None,[]
         if isinstance(value, Tensor):
             if tensors and not is_lazy(value) and memory(value) not in but: self.copy = value.detach().clone()
-        elif isinstance(value, _GENERATOR_TYPES): self.copy = deepcopy(_generator(value)[0](value))
         elif isinstance(value, (list, dict, set, deque)) or tensors and isinstance(value, np.ndarray): self.copy = copy(value)
+        elif isinstance(value, _GENERATOR_TYPES): self.copy = deepcopy(_generator(value)[0](value))
         if depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
             self.inner = _contents(value.values() if isinstance(value, dict) else value, but, tensors, depth - 1)
 
@@ -53,8 +53,11 @@ class _Contents:
 
 def _contents(values: Iterable[Any], but: set[int], tensors: bool, depth: int = 3) -> list[_Contents]:
     "`_Contents` of those of `values` that hold anything which can be put back."
-    held = (_Contents(v, but, tensors, depth) for v in values if type(v) not in _PLAIN and not isinstance(v, nn.Module))
+    held = (_Contents(v, but, tensors, depth) for v in values if not _is_plain(v) and not isinstance(v, nn.Module))
     return [c for c in held if c.copy is not None or c.inner]
+
+
+def _is_plain(v: Any) -> bool: return type(v) in _PLAIN or type(v) is tuple and all(type(o) in _PLAIN for o in v)
 
 
 def memory(t: Tensor) -> int:
@@ -96,12 +99,27 @@ class Snapshot:
 
 
 class _Params:
-    "Copies of parameters."
-    def __init__(self, params: Iterable[nn.Parameter]): self.of = [(p, p.detach().clone()) for p in params if not is_lazy(p)]
+    """Copies of parameters.
+
+    Those on the CPU lie in one array of numpy's, which comes in huge pages where the system has them. As tensors of their own
+    they take the place of memory that the model is used to run in, and page faults cost its passes more than the copy."""
+    def __init__(self, params: Iterable[nn.Parameter]):
+        params = [p for p in params if not is_lazy(p)]
+        values = [p.detach() for p in params]
+        sizes = [-(-v.nbytes//64)*64 if _is_plain_cpu(v) else 0 for v in values]  # whole cache lines
+        rooms = torch.from_numpy(np.empty(sum(sizes), np.uint8)).split(sizes)
+        self.of = [(p, r[:v.nbytes].view(v.dtype).as_strided(v.shape, v.stride()).copy_(v) if len(r) else v.clone())
+                   for p, v, r in zip(params, values, rooms)]
 
     @torch.no_grad()
     def put_back(self) -> None:
         for p, was in self.of: _write(p, was)
+
+
+def _is_plain_cpu(t: Tensor) -> bool:
+    "Whether `t` is a tensor of floats on the CPU whose elements lie side by side in memory, in whatever order."
+    return (type(t) is Tensor and t.device.type == 'cpu' and t.layout == torch.strided and t.is_floating_point()
+            and sum((n - 1)*s for n, s in zip(t.shape, t.stride())) == t.numel() - 1)
 
 
 @contextmanager

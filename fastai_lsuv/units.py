@@ -53,7 +53,7 @@ class Knob:
 
     def _by_channel(self, by: np.ndarray) -> Tensor | float:
         "One number, or one a channel, shaped to meet this knob's value."
-        if len(by) == 1: return float(by[0])
+        if by.size == 1: return by.item()
         v,x,c = self.tensor,torch.from_numpy(by),len(by)
         if v is not None and self.transposed_groups and v.dim() > 1:  # (in, out/groups, ...): column j of group g's rows
             x = x.view(self.transposed_groups, -1).repeat_interleave(v.shape[0]//self.transposed_groups, dim=0)

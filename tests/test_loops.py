@@ -113,7 +113,7 @@ def test_the_affine_meter_says_what_the_output_would_be(seed, order, per_channel
     z, b = torch.randn(64, 4, 3, dtype=torch.float64)*torch.rand(4, 1).add(.3), torch.randn(4, dtype=torch.float64)*0.2
     meter = AffineMeter(channel_moments(z, by_channel=per_channel), b.numpy(), True, per_channel)
     run(meter, order)
-    o = z*torch.from_numpy(meter.weight_scale).view(-1, 1) + (b + torch.from_numpy(meter.bias_shift))[:, None]
+    o = z*torch.as_tensor(meter.weight_scale).view(-1, 1) + (b + torch.as_tensor(meter.bias_shift))[:, None]
     want = channel_moments(o).stats(per_channel)
     for got, w in zip(meter.stats(), want): np.testing.assert_allclose(got, w, rtol=1e-9, atol=1e-9)
     if order.split()[-1] != 'mean': np.testing.assert_allclose(meter.stats()[1], 1, rtol=0, atol=1.001e-3)

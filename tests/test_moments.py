@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_lsuv.moments import all_ranks, channel_moments, first_tensor, pool
+from fastai_lsuv.moments import all_ranks, channel_moments, first_tensor, pool, whole_moments
 
 
 def by_numpy(x, dim):
@@ -19,8 +19,15 @@ def by_numpy(x, dim):
     return a.mean(1), a.var(1)
 
 
+def check_stats(m, whole, rel, tiny):
+    "Mean and std of everything against numpy's."
+    mean, std = m.stats()
+    np.testing.assert_allclose(mean, whole.mean(), rtol=rel, atol=tiny)
+    if whole.size > 1: np.testing.assert_allclose(std, whole.std(ddof=1), rtol=rel, atol=tiny)
+
+
 def check(x, dim=1, rel=1e-5):
-    "Both forms of `channel_moments(x)` against numpy."
+    "Both forms of `channel_moments(x)`, and `whole_moments(x)`, against numpy."
     mean, var = by_numpy(x, dim)
     whole = x.detach().as_subclass(torch.Tensor).double().numpy()
     tiny = rel*max(var.mean()**0.5, 1e-30)
@@ -28,12 +35,14 @@ def check(x, dim=1, rel=1e-5):
         m = channel_moments(x, dim, by_channel)
         assert m.count == x.numel()//x.shape[dim] and m.mean.dtype == m.var.dtype == np.float64
         np.testing.assert_allclose(m.mean, mean, rtol=rel, atol=tiny)
-        np.testing.assert_allclose(m.var, var if by_channel else [var.mean()], rtol=rel, atol=tiny**2)
-        got_mean, got_std = m.stats()
-        np.testing.assert_allclose(got_mean.item(), whole.mean(), rtol=rel, atol=tiny)
-        if x.numel() > 1: np.testing.assert_allclose(got_std.item(), whole.std(ddof=1), rtol=rel, atol=tiny)
+        np.testing.assert_allclose(m.var, var if by_channel else var.mean(), rtol=rel, atol=tiny**2)
+        check_stats(m, whole, rel, tiny)
+    m = whole_moments(x)
+    assert m.count == x.numel() and m.mean.shape == m.var.shape == () and m.mean.dtype == m.var.dtype == np.float64
+    check_stats(m, whole, rel, tiny)
+    m = channel_moments(x, dim, True)
     if m.count > 1:
-        got_mean, got_std = channel_moments(x, dim, True).stats(per_channel=True)
+        got_mean, got_std = m.stats(per_channel=True)
         np.testing.assert_allclose(got_std, (var*m.count/(m.count - 1))**0.5, rtol=rel, atol=tiny)
 
 
@@ -109,13 +118,14 @@ def test_one_element_has_no_std():
 def test_not_finite():
     for bad in (float('nan'), float('inf')):
         x = torch.randn(4, 3, 5); x[1, 2, 3] = bad
-        assert not channel_moments(x).finite() and not channel_moments(x, by_channel=False).finite()
-    assert channel_moments(torch.randn(4, 3, 5)).finite()
+        assert not channel_moments(x).finite() and not channel_moments(x, by_channel=False).finite() and not whole_moments(x).finite()
+    assert channel_moments(torch.randn(4, 3, 5)).finite() and whole_moments(torch.randn(4, 3, 5)).finite()
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match='complex64'): channel_moments(torch.randn(4, 3, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r'batches: .*\(0, 3\) is empty'): channel_moments(torch.empty(0, 3))
+    for moments in (channel_moments, whole_moments):
+        with pytest.raises(TypeError, match='complex64'): moments(torch.randn(4, 3, dtype=torch.complex64))
+        with pytest.raises(ValueError, match=r'batches: .*\(0, 3\) is empty'): moments(torch.empty(0, 3))
 
 
 def test_tensor_subclass():
@@ -127,16 +137,18 @@ def test_tensor_subclass():
 def test_the_activation_is_not_changed():
     x = torch.randn(4, 3, 8, 8) + 1e4
     was = x.clone()
-    channel_moments(x)
+    channel_moments(x), whole_moments(x)
     assert torch.equal(x, was)
 
 
-@given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=5), by_channel=st.booleans(), seed=st.integers(0, 999))
-def test_pool_is_the_moments_of_all_together(parts, by_channel, seed):
+FORMS = {'each channel': channel_moments, 'means of channels': lambda x: channel_moments(x, by_channel=False), 'whole': whole_moments}
+
+@given(parts=st.lists(st.integers(1, 9), min_size=1, max_size=5), form=st.sampled_from([*FORMS]), seed=st.integers(0, 999))
+def test_pool_is_the_moments_of_all_together(parts, form, seed):
     torch.manual_seed(seed)
+    moments = FORMS[form]
     xs = [torch.randn(n, 3, 4, dtype=torch.float64)*(i + 1) + torch.randn(3, 1)*4 for i, n in enumerate(parts)]
-    got = pool([channel_moments(x, by_channel=by_channel) for x in xs])
-    want = channel_moments(torch.cat(xs), by_channel=by_channel)
+    got,want = pool([moments(x) for x in xs]),moments(torch.cat(xs))
     assert got.count == want.count
     for a, b in zip([got.mean, got.var, *got.stats()], [want.mean, want.var, *want.stats()]): np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
@@ -145,8 +157,9 @@ def test_pool_is_the_moments_of_all_together(parts, by_channel, seed):
 def test_affine_is_the_moments_of_the_scaled_and_shifted(scale, seed):
     torch.manual_seed(seed)
     x, shift = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    for by_channel in (True, False):
-        got, want = channel_moments(x, by_channel=by_channel).affine(scale, shift.numpy()), channel_moments(x*scale + shift[:, None], by_channel=by_channel)
+    for form, moments in FORMS.items():
+        by = shift if form != 'whole' else shift[:1]
+        got, want = moments(x).affine(scale, by.numpy() if form != 'whole' else by.item()), moments(x*scale + by[:, None])
         np.testing.assert_allclose(got.mean, want.mean, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(got.var, want.var, rtol=1e-7, atol=1e-7)
 
@@ -165,8 +178,8 @@ def test_one_process_pools_nothing():
 def _rank(rank, port, results):
     dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
     x = torch.arange(60.).view(10, 3, 2)
-    m = all_ranks(channel_moments(x[:4] if rank == 0 else x[4:]))
-    results.put((rank, m.count, m.mean.tolist(), m.var.tolist()))
+    pooled = [all_ranks(f(x[:4] if rank == 0 else x[4:])) for f in (channel_moments, whole_moments)]
+    results.put((rank, *((m.count, m.mean.tolist(), m.var.tolist()) for m in pooled)))
     dist.destroy_process_group()
 
 
@@ -178,6 +191,8 @@ def test_ranks_pool_to_the_same_bits():
     results = mp.get_context('spawn').SimpleQueue()
     mp.spawn(_rank, args=(port, results), nprocs=2)
     (_, *a), (_, *b) = sorted([results.get(), results.get()])
-    want = channel_moments(torch.arange(60.).view(10, 3, 2))
-    assert a == b and a[0] == want.count
-    np.testing.assert_allclose(a[1], want.mean), np.testing.assert_allclose(a[2], want.var)
+    assert a == b
+    for got, f in zip(a, (channel_moments, whole_moments)):
+        want = f(torch.arange(60.).view(10, 3, 2))
+        assert got[0] == want.count
+        np.testing.assert_allclose(got[1], want.mean, rtol=1e-6), np.testing.assert_allclose(got[2], want.var, rtol=1e-6)

@@ -199,3 +199,34 @@ def test_in_inference_mode_and_under_no_grad():
 def test_a_sparse_input():
     model = Mod(lambda self, x, adj: self.b(torch.relu(torch.sparse.mm(adj, self.a(x)))), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     assert lsuv_init(model, (torch.randn(32, 4), (torch.eye(32) + torch.eye(32).roll(1, 0)).to_sparse())).ok
+
+
+class OddMemory(nn.Module):
+    "Layers whose weights lie in memory in every way: other types, transposed, channels-last, with gaps, expanded, of a few bytes, empty."
+    def __init__(self):
+        super().__init__()
+        self.cl = nn.Conv2d(3, 7, 3, bias=False).to(memory_format=torch.channels_last)
+        self.transposed,self.gaps,self.f64,self.bf16 = nn.Linear(7, 5),nn.Linear(5, 5),nn.Linear(5, 3).double(),nn.Linear(3, 3).bfloat16()
+        self.transposed.weight = nn.Parameter(torch.randn(7, 5).t())
+        self.gaps.weight = nn.Parameter(torch.randn(10, 10)[::2, ::2])
+        self.bf16.bias = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16).expand(3), requires_grad=False)
+        self.last,self.empty = nn.Linear(3, 1),nn.Linear(0, 4)
+
+    def forward(self, x):
+        x = self.gaps(self.transposed(self.cl(x).mean((2, 3))))
+        x = self.bf16(self.f64(x.double()).bfloat16()).float()
+        self.empty(x[:, :0])
+        return self.last(x)
+
+
+def test_weights_in_any_kind_of_memory_are_put_back():
+    model,seen = OddMemory(),[]
+    def look(*args):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        if len(seen) == 3: raise RuntimeError('stop')
+    model.cl.register_forward_pre_hook(look)
+    was = fingerprint(model)
+    model(x := torch.randn(16, 3, 6, 6))
+    with pytest.raises(RuntimeError, match='stop'): quietly(lsuv_init, model, x)
+    changed = [not torch.equal(a, b) for a, b in zip(seen[0], seen[2])]
+    assert changed[:5] == [True]*5 and fingerprint(model) == was
