@@ -175,9 +175,18 @@ def test_histogram_counts_as_histc(bins, lo, width, n, seed):
     assert (ours - theirs).abs().sum() <= 2*((at - at.round()).abs() < 1e-4).sum()
 
 def test_histogram_of_several_chunks():
-    x = torch.randn(3*2**17 + 11)*4 + 3
-    for y in (x, x.relu(), torch.zeros_like(x), -x.abs(), x.abs()+10):
-        for bins in ((40, 0., 10.), (64, -8., 8.), (300, 0., 10.)): assert torch.equal(Gauge(0., bins)(y).hist.float(), y.histc(*bins)), bins
+    x = torch.randn(9*2**17 + 11)*4 + 3
+    for y in (x, x.relu(), torch.zeros_like(x), -x.abs(), x.abs()+10, x[:-4]):
+        for bins in ((40, 0., 10.), (64, -8., 8.), (320, 0., 10.), (126, 0., 31.5), (127, -31.75, 0.)):
+            assert torch.equal(Gauge(0., bins)(y).hist.float(), y.histc(*bins)), bins
+
+def test_one_gauge_for_layers_of_all_sizes():
+    gauge = Gauge(0.05, (40, 0., 10.))
+    for n in (7, 2**18, 1, 2**20 + 3, 8, 5):
+        x = torch.randn(n)*4
+        m = gauge(x)
+        assert torch.equal(m.hist.float(), x.histc(40, 0, 10)) and m.zeros == (x <= 0.05).sum()
+        assert m.mean == pytest.approx(x.double().mean().item(), abs=1e-5) and (n == 1 or m.std == pytest.approx(x.double().std().item(), rel=1e-5))
 
 def test_taken_before_an_in_place_activation():
     seen,model = {},convnet(inplace=True)
