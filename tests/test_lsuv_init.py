@@ -103,6 +103,19 @@ def test_same_weights_as_the_oracle(net, order):
     if 'std' in order: assert report.ok and report.n_passes == 2
 
 
+BIASES = {  # Where all are the same the whole output is measured, else each channel
+    'all the same': lambda b, i: b.data.fill_(0.3*(i + 1)), 'same in every other layer': lambda b, i: b.data.fill_(0.3*(i + 1)) if i % 2 else None,
+    'one off by a little': lambda b, i: (b.data.fill_(0.7), b.data[-1:].add_(1e-9)),
+}
+
+@pytest.mark.parametrize('order', SEQUENCES)
+@pytest.mark.parametrize('biases', BIASES)
+def test_biases_that_are_and_are_not_alike(biases, order):
+    model = NETS['every conv'][0]().double()
+    for i, b in enumerate(m.bias for m in model.modules() if getattr(m, 'bias', None) is not None): BIASES[biases](b, i)
+    against_reference(model, NETS['every conv'][1](), order)
+
+
 @pytest.mark.parametrize('order', SEQUENCES)
 def test_same_weights_as_the_oracle_in_float32(order):
     against_reference(residual(), [torch.randn(8, 3, 10, 10)], order, close=2e-5)
