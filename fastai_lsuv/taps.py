@@ -16,7 +16,7 @@ __all__ = ['Gauge', 'Taps', 'Record']
 
 _NAN = float('nan')
 _CHUNK = 2**18  # Elements that each thread (of up to four) measures at a time: with the scratch they need, they stay in a core's cache
-_BINS_OF_PAIRS = 126
+_BINS_OF_PAIRS = 126  # With the two outside of the range, their numbers fit a signed byte
 _CENTRE_ABOVE = 16.  # Where mean**2 exceeds this many variances, `E[x**2] - mean**2` loses digits
 
 
@@ -67,7 +67,9 @@ class Gauge:
         x = flat(x)
         n,s,q,zeros,counts = x.numel(),0.,0.,0,0
         size = min(n, _CHUNK*min(torch.get_num_threads(), 4))
-        if self.scratch is None or len(self.scratch) < size: self.scratch = torch.empty(size)
+        if self.scratch is None or len(self.scratch) < size:
+            with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+                self.scratch,self.bytes = torch.empty(size),torch.empty(size + 1, dtype=torch.int8)
         for c in x.split(size) if n > size else (x,):
             to = self.scratch[:len(c)]
             s += float(c.sum().numpy())
@@ -93,7 +95,6 @@ class Gauge:
         if lo: to.sub_(lo)
         to.mul_(bins/(hi-lo)).floor_()
         if bins > _BINS_OF_PAIRS: return torch.bincount(to.to(torch.int32).add_(1), minlength=bins+2)
-        if self.bytes is None or len(self.bytes) < len(x) + 1: self.bytes = torch.empty(len(x) + 1, dtype=torch.int8)
         b = self.bytes[:len(x) + len(x) % 2]
         b[len(x):] = -1  # makes the last pair, if there is an odd number
         b[:len(x)].copy_(to)

@@ -188,6 +188,11 @@ def test_one_gauge_for_layers_of_all_sizes():
         assert torch.equal(m.hist.float(), x.histc(40, 0, 10)) and m.zeros == (x <= 0.05).sum()
         assert m.mean == pytest.approx(x.double().mean().item(), abs=1e-5) and (n == 1 or m.std == pytest.approx(x.double().std().item(), rel=1e-5))
 
+def test_what_was_made_in_inference_mode_serves_outside_of_it():
+    gauge,x = Gauge(0.05, (40, 0., 10.)),torch.randn(1000)*4
+    with torch.inference_mode(): first = gauge(x)
+    assert torch.equal(first.hist, gauge(x).hist) and first[:4] == gauge(x)[:4]
+
 def test_taken_before_an_in_place_activation():
     seen,model = {},convnet(inplace=True)
     twin = copy.deepcopy(model)
