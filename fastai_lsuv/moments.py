@@ -1,4 +1,4 @@
-"Channel moments of an activation, read about once from memory, combined in double precision."
+"Moments of an activation, by channel or of the whole, read about once from memory, combined in double precision."
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -46,7 +46,7 @@ class Goal:
 @dataclass
 class Seen:
     "What one pass saw of a unit."
-    bias: np.ndarray  # What its moments hold of it: (C,), or a number if the biases are all the same, or of no matter
+    by_channel: bool  # Whether its moments tell channels apart: where its biases differ, or each is normalized
     shape: tuple[int, ...] = ()  # Of its output, in the last call
     moments: list[Moments] = field(default_factory=list)  # Of each call's output, under the weights as they now are
 
@@ -134,10 +134,10 @@ class Passes:
         if x is None or x.numel() == 0: return None
         may_change = self._correct and self._may_change(u)
         seen = self.seen.get(u)
-        if seen is None: seen = self.seen[u] = Seen(_biases(u) if may_change and u.affine else np.float64(0))
+        if seen is None: seen = self.seen[u] = Seen(self.goal.per_channel or bool(may_change and u.affine and _biases(u).ndim))
         seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(len(self.seen), len(self.units))
-        seen.moments.append(self.measure(u, x, by_channel=seen.bias.ndim > 0))
+        seen.moments.append(self.measure(u, x, seen.by_channel))
         if not may_change: return None
         # Called several times, it is brought to its goal call by call in the first pass, and between the passes after that.
         if u in self.last and (len(self.last[u].moments) > 1 or len(seen.moments) > 1 or self.goal.met(u, seen.pooled)): return None
@@ -157,7 +157,8 @@ class Passes:
     @np.errstate(all='ignore')
     def _solve(self, u: Unit, seen: Seen, x: Tensor) -> None:
         "Run the loops of an affine unit on its moments, and mend its output in place by one fused multiply-add."
-        b = seen.bias
+        b = _biases(u)
+        if b.ndim and not seen.by_channel: return  # they were alike when it was first called; the next pass finds them differ
         z = [m.affine(1., -b) for m in seen.moments]
         meter = AffineMeter(pool(z), b, u.bias is not None, self.goal.per_channel)
         if varies(meter.z, seen.pooled): self.reason[u] = self._loop(u, meter, _MAX_STEPS)
@@ -167,7 +168,6 @@ class Passes:
         if u.bias is not None: u.bias.add(shift)
         self._mark(u)
         seen.moments = [m.affine(a, b + shift) for m in z]
-        seen.bias = b + shift
         x = x.as_subclass(Tensor)
         shape = [1]*x.dim()
         if x.dim(): shape[u.channel_dim] = -1
@@ -224,10 +224,9 @@ class Passes:
         self._changed.add(u)
         torch.clear_autocast_cache()
 
-    def measure(self, u: Unit, x: Tensor, by_channel: bool = False) -> Moments:
+    def measure(self, u: Unit, x: Tensor, by_channel: bool) -> Moments:
         "Moments of an output, on all ranks: of the whole, unless channels matter."
-        each = self.goal.per_channel
-        return all_ranks(channel_moments(x, u.channel_dim, each) if each or by_channel else whole_moments(x))
+        return all_ranks(channel_moments(x, u.channel_dim, self.goal.per_channel) if by_channel else whole_moments(x))
 
     def run_again(self, u: Unit, given: tuple[tuple, dict]) -> Any:
         "What `u` puts out for what it was `given`, run alone."
@@ -249,7 +248,7 @@ class _RunMeter:
     def stats(self):
         if self.stale:
             self.out = self.passes.run_again(self.unit, self.given)
-            self.moments,self.stale = self.passes.measure(self.unit, first_tensor(self.out)),False
+            self.moments,self.stale = self.passes.measure(self.unit, first_tensor(self.out), self.moments.mean.ndim > 0),False
         return self.moments.stats(self.passes.goal.per_channel)
 
     def shift(self, by): self.unit.bias.add(by); self._touched()

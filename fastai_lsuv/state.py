@@ -119,7 +119,7 @@ class _Params:
 def _is_plain_cpu(t: Tensor) -> bool:
     "Whether `t` is a tensor of floats on the CPU whose elements lie side by side in memory, in whatever order."
     return (type(t) is Tensor and t.device.type == 'cpu' and t.layout == torch.strided and t.is_floating_point()
-            and sum((n - 1)*s for n, s in zip(t.shape, t.stride())) == t.numel() - 1)
+            and sum((n - 1)*s for n, s in zip(t.shape, t.stride())) == t.numel() - 1 and all(s for n, s in zip(t.shape, t.stride()) if n > 1))
 
 
 @contextmanager

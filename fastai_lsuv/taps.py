@@ -49,6 +49,11 @@ class Gauge:
         bins: tuple[int, float, float] | None  # Number of bins, low and high end; `None`: no histogram
     ):
         self.near_zero,self.bins,self.scratch,self.bytes = near_zero,bins,None,None
+        if bins is None: return
+        n,lo,hi = (np.float32(b) for b in bins)
+        self.scale = np.float32(bins[0]/(bins[2] - bins[1]))
+        while (hi - lo)*self.scale < n: self.scale = np.nextafter(self.scale, np.float32(np.inf))  # rounding must not bring the upper end into the last bin
+        self.scale = float(self.scale)
 
     def __call__(self, x: Tensor, grad: bool = False) -> Measure:
         x = x.detach()
@@ -69,7 +74,7 @@ class Gauge:
         size = min(n, _CHUNK*min(torch.get_num_threads(), 4))
         if self.scratch is None or len(self.scratch) < size:
             with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
-                self.scratch,self.bytes = torch.empty(size),torch.empty(size + 1, dtype=torch.int8)
+                self.scratch,self.bytes = (torch.empty(size + 1, dtype=d, device='cpu') for d in (torch.float32, torch.int8))
         for c in x.split(size) if n > size else (x,):
             to = self.scratch[:len(c)]
             s += float(c.sum().numpy())
@@ -93,7 +98,7 @@ class Gauge:
         bins,lo,hi = self.bins
         torch.clamp(x, lo - 0.5*(hi-lo)/bins, hi, out=to)
         if lo: to.sub_(lo)
-        to.mul_(bins/(hi-lo)).floor_()
+        to.mul_(self.scale).floor_()
         if bins > _BINS_OF_PAIRS: return torch.bincount(to.to(torch.int32).add_(1), minlength=bins+2)
         b = self.bytes[:len(x) + len(x) % 2]
         b[len(x):] = -1  # makes the last pair, if there is an odd number

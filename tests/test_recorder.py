@@ -180,6 +180,20 @@ def test_histogram_of_several_chunks():
         for bins in ((40, 0., 10.), (64, -8., 8.), (320, 0., 10.), (126, 0., 31.5), (127, -31.75, 0.)):
             assert torch.equal(Gauge(0., bins)(y).hist.float(), y.histc(*bins)), bins
 
+@pytest.mark.parametrize('bins', [(40, 0., 9.9), (3, 0., 37.), (7, 0., 23.)])
+def test_what_is_above_the_range_is_not_counted(bins):
+    x = torch.randn(10000)*20
+    assert Gauge(0., bins)(x).hist.sum() == x.histc(*bins).sum() == ((x >= bins[1]) & (x <= bins[2])).sum()
+
+@pytest.mark.parametrize('default', [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default):
+    x = torch.randn(1001)*4
+    want = Gauge(0.05, (40, 0., 10.))(x)
+    torch.set_default_dtype(default)
+    try: got = Gauge(0.05, (40, 0., 10.))(x)
+    finally: torch.set_default_dtype(torch.float32)
+    assert got[:4] == want[:4] and torch.equal(got.hist, want.hist)
+
 def test_one_gauge_for_layers_of_all_sizes():
     gauge = Gauge(0.05, (40, 0., 10.))
     for n in (7, 2**18, 1, 2**20 + 3, 8, 5):

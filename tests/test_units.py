@@ -459,3 +459,23 @@ def test_orthogonal_weights_are_those_of_torch(narrow):
             nn.init.orthogonal_(want)
             torch.testing.assert_close(layer.weight.detach(), want, atol=2e-5, rtol=0)
     finally: torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize('bias', [lambda b: nn.init.normal_(b, std=.3), lambda b: nn.init.constant_(b, 2.)])
+def test_of_several_calls_one_whose_output_anothers_hook_changes(bias):
+    class Thrice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.first = nn.Linear(8, 8),False
+        def forward(self, x):
+            self.first = True; self.a(x); self.first = False
+            self.a(x*.5)
+            return self.a(x + 1)
+    off = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = Thrice()
+        bias(model.a.bias)
+        model.a.register_forward_hook(lambda m, args, out: out*1.2 + 1 if model.first else None)
+        off.append(abs(next(iter(lsuv_init(model, torch.randn(64, 8), preinit=None))).mean))
+    assert sum(off)/len(off) < 0.08  # 0.12 and 0.39 where the loops did not look at the bias again
