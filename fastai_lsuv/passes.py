@@ -169,6 +169,7 @@ class Passes:
         self._mark(u)
         seen.moments = [m.affine(a, b + shift) for m in z]
         x = x.as_subclass(Tensor)
+        if x.requires_grad: x = x.data  # the model takes a gradient by itself: it should be that of the new weights
         shape = [1]*x.dim()
         if x.dim(): shape[u.channel_dim] = -1
         def by_channel(v): return torch.as_tensor(v).to(x).reshape(shape)

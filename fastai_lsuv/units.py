@@ -19,7 +19,10 @@ _AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose
 
 
 class Knob:
-    "One thing that a unit is made of: the tensor in `owner.name`, or the value behind a property of that name."
+    """One thing that a unit is made of: the tensor in `owner.name`, or the value behind a property of that name.
+
+    Tensors are changed through `.data`: a model may take a gradient in its forward pass, and should get that of its new
+    weights, not an error that they changed."""
     def __init__(self,
         owner: nn.Module,  # Module whose attribute it is
         name: str,  # Attribute: "weight", "weight_g", "bias", ...
@@ -49,7 +52,7 @@ class Knob:
     @torch.no_grad()
     def assign(self, value: Any) -> None:
         if self.has_setter: setattr(self.owner, self.name, value)
-        else: self.tensor.copy_(value)
+        else: self.tensor.data.copy_(value)
 
     def _by_channel(self, by: np.ndarray) -> Tensor | float:
         "One number, or one a channel, shaped to meet this knob's value."
@@ -66,13 +69,13 @@ class Knob:
     def mul(self, by: np.ndarray) -> None:
         to = self._by_channel(by)
         if self.has_setter: self.assign(self.value*to)
-        else: self.tensor.mul_(to)
+        else: self.tensor.data.mul_(to)
 
     @torch.no_grad()
     def add(self, by: np.ndarray) -> None:
         to = self._by_channel(by)
         if self.has_setter: self.assign(self.value + to)
-        else: self.tensor.add_(to)
+        else: self.tensor.data.add_(to)
 
 
 class Unit:

@@ -479,3 +479,35 @@ def test_of_several_calls_one_whose_output_anothers_hook_changes(bias):
         model.a.register_forward_hook(lambda m, args, out: out*1.2 + 1 if model.first else None)
         off.append(abs(next(iter(lsuv_init(model, torch.randn(64, 8), preinit=None))).mean))
     assert sum(off)/len(off) < 0.08  # 0.12 and 0.39 where the loops did not look at the bias again
+
+
+class Layer(nn.Sequential):
+    def __init__(self, *shape: int): super().__init__(nn.Linear(*shape), nn.Softplus())
+
+
+class Energy(nn.Module):
+    "A net whose forward takes the gradient of what it puts out, as a force field does; in training, a graph of it too."
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    @torch.enable_grad()
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        energy = self.net(x)
+        force, = torch.autograd.grad(energy.sum(), x, create_graph=self.training)
+        return energy, -force
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(preinit=None), dict(order='std', per_channel=True), dict(order='std', modules=Layer)], ids=str)
+def test_a_model_that_takes_a_gradient_in_its_forward(kwargs):
+    plain,x,forces = nn.Sequential(Layer(6, 32), Layer(32, 32), nn.Linear(32, 1)),X(256, 6),[]
+    model = Energy(deepcopy(plain))
+    model.register_forward_hook(lambda m, args, out: forces.append(out[1].detach().clone()))
+    for m in (plain, model):
+        torch.manual_seed(0)
+        assert all(r.status == 'ok' for r in lsuv_init(m, x, **kwargs))
+    for p, q in zip(model.net.parameters(), plain.parameters()): torch.testing.assert_close(p, q)
+    assert all(p.grad is None for p in model.parameters())
+    model(x)
+    torch.testing.assert_close(forces[0], forces[-1])  # the first was taken while the weights were set
