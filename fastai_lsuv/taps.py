@@ -48,9 +48,10 @@ class Gauge:
         near_zero: float,  # Count elements at or below this
         bins: tuple[int, float, float] | None  # Number of bins, low and high end; `None`: no histogram
     ):
-        self.near_zero,self.bins,self.scratch,self.bytes = near_zero,bins,None,None
+        self.near_zero,self.bins,self.scratch,self.bytes,self.scale = near_zero,bins,None,None,None
         if bins is None: return
         n,lo,hi = (np.float32(b) for b in bins)
+        if (hi - lo)/n < 4*np.spacing(max(abs(lo), abs(hi))): return  # bins that float32 hardly tells apart are left to `histc`
         self.scale = np.float32(bins[0]/(bins[2] - bins[1]))
         while (hi - lo)*self.scale < n: self.scale = np.nextafter(self.scale, np.float32(np.inf))  # rounding must not bring the upper end into the last bin
         self.scale = float(self.scale)
@@ -81,13 +82,13 @@ class Gauge:
             q += float(torch.dot(c, c).numpy())
             # Comparisons are fast where they write floats.
             zeros += int((torch.eq(c, 0., out=to) if grad else torch.le(c, self.near_zero, out=to)).sum().numpy())
-            if self.bins is not None and not grad and isfinite(s): counts += self._count(c, to)
+            if self.scale is not None and not grad and isfinite(s): counts += self._count(c, to)
         mean = s/n
         var = (q - s*mean)/(n-1) if n > 1 else _NAN
         if _CENTRE_ABOVE*var > mean**2 and 1e-30 < q < 1e38: std = var**0.5
         else: std = float(x.std().numpy()) if n > 1 else _NAN  # also where squares under- or overflow
         hist = None
-        if self.bins is not None and not grad: hist = self._hist(x, counts) if isfinite(s) else torch.histc(x, *self.bins)
+        if self.bins is not None and not grad: hist = self._hist(x, counts) if self.scale is not None and isfinite(s) else torch.histc(x, *self.bins)
         return Measure(n, mean, std, zeros, hist)
 
     def _count(self, x: Tensor, to: Tensor) -> Tensor:

@@ -185,6 +185,11 @@ def test_what_is_above_the_range_is_not_counted(bins):
     x = torch.randn(10000)*20
     assert Gauge(0., bins)(x).hist.sum() == x.histc(*bins).sum() == ((x >= bins[1]) & (x <= bins[2])).sum()
 
+@pytest.mark.parametrize('bins', [(40, 100., 100.001), (200, 1e6, 1e6+1), (40, 1e6, 1e6+.01), (40, 100., 101.)])
+def test_bins_far_from_zero(bins):
+    x = bins[1] + torch.randn(10000)*(bins[2] - bins[1])
+    assert torch.equal(Gauge(0., bins)(x).hist.float(), x.histc(*bins))
+
 @pytest.mark.parametrize('default', [torch.bfloat16, torch.float64])
 def test_the_default_dtype_does_not_matter(default):
     x = torch.randn(1001)*4
