@@ -93,23 +93,24 @@ def _norms(f: Tensor, acc: torch.dtype) -> Tensor:
 def whole_moments(
     x: Tensor  # Activation, of any floating dtype, device and memory format
 ) -> Moments:
-    """Moments of all elements of `x` together: as accurate as `channel_moments`, and cheaper.
+    """Moments of all elements of `x` together, with one transfer to the host: as accurate as `channel_moments`, and cheaper.
 
     Raises `TypeError` if `x` is complex, `ValueError` if it is empty."""
     f,n = flat(_measurable(x)),x.numel()
     acc = torch.float64 if f.dtype == torch.float64 else torch.float32
 
     def take(f):
-        s,q = f.sum(dtype=acc),_norms(f, acc)
-        mean,root = s.item()/n, torch.linalg.vector_norm(q.cpu(), dtype=torch.float64).item()
-        return mean, root*root/n - mean*mean
+        sums = torch.cat([f.sum(dtype=acc)[None], _norms(f, acc)]).cpu().numpy().astype(np.float64)
+        mean,q = sums[0]/n, sums[1:]
+        return mean, q @ q/n - mean*mean
 
-    mean,var = take(f)
-    if mean*mean > _CENTRE_ABOVE*var:
-        centre = torch.tensor(mean, dtype=acc).item()
-        rest,var = take(f.to(acc) - centre)
-        mean = centre + rest
-    return Moments(n, np.float64(mean), np.float64(max(var, 0.)))
+    with np.errstate(all='ignore'):
+        mean,var = take(f)
+        if mean*mean > _CENTRE_ABOVE*var:
+            centre = torch.tensor(mean, dtype=acc).item()
+            rest,var = take(f.to(acc) - centre)
+            mean = centre + rest
+        return Moments(n, mean, np.maximum(var, 0.))
 
 
 def _sums(x: Tensor, dim: int, by_channel: bool) -> tuple[Tensor, Tensor]:
