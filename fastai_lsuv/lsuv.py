@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
 
 from .loops import parse_order
 from .moments import Moments, from_rank_0, in_step, several_ranks
@@ -91,6 +90,7 @@ def initialize(
             for n in range(1, max_iter + 2):
                 if n > 1: feed.next()
                 if not passes(feed.batch, correct=n <= max_iter): break
+        for u in passes.written: u.count_write()
         return LSUVReport(_rows(passes, before), order=order, n_passes=n + baseline)
 
 
@@ -173,7 +173,8 @@ class _Feed:
         self.model,self.batches,self.n_inp,self.get_input = model,batches,n_inp,get_input
         self.one = isinstance(batches, (Tensor, tuple, Mapping))
         if not self.one and not isinstance(batches, Iterable):
-            raise TypeError(f"batches: got {type(batches).__name__}; it takes a mini-batch (a tensor, or a tuple or dict of the model's inputs) or an iterable of mini-batches")
+            hint = ", such as its `train`" if hasattr(type(batches), 'train_ds') else ''  # fastai's DataLoaders
+            raise TypeError(f"batches: got {type(batches).__name__}; it takes a mini-batch (a tensor, or a tuple or dict of the model's inputs) or an iterable of mini-batches{hint}")
         self.count,self.stream = 0,iter((batches,) if self.one else batches)
 
     def __enter__(self) -> _Feed:
@@ -215,7 +216,7 @@ class _Feed:
         "The model's inputs among what an iterable yields."
         if not isinstance(b, (tuple, list)): return b
         n = self.n_inp
-        if n is None and (isinstance(self.batches, DataLoader) or hasattr(self.batches, 'n_inp')):
+        if n is None and (hasattr(self.batches, 'dataset') or hasattr(self.batches, 'n_inp')):  # a DataLoader of PyTorch's or fastai's
             n = getattr(self.batches, 'n_inp', None) or max(len(b) - 1, 1)  # fastai's rule: the last is the target
         return tuple(b[:n])
 

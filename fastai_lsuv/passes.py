@@ -58,8 +58,9 @@ class Passes:
     """Passes through one model towards one goal.
 
     Call it with a mini-batch. Afterwards `seen` holds what each unit that ran put out, in order of execution, `found` the
-    same of the last pass in which it ran, `corrected` how many passes changed it, `reason` why it could not be brought to
-    its goal, and `immovable` those whose bias does not move the mean."""
+    same of the last pass in which it ran, `corrected` how many passes changed it, `written` which were changed at all, given
+    their first weights included, `reason` why it could not be brought to its goal, and `immovable` those whose bias does not
+    move the mean."""
     def __init__(self,
         model: nn.Module,
         units: list[Unit],
@@ -69,6 +70,7 @@ class Passes:
     ):
         self.model,self.units,self.goal,self.watch,self.start = model,units,goal,watch,start
         self._started: set[Unit] = set()
+        self.written: set[Unit] = set()
         # What these are given may be overwritten before they run again: by a container itself, or by others' hooks.
         self._copied = {u for u in units if not isinstance(u.module, LAYERS) or u.module._forward_pre_hooks}
         self.seen: dict[Unit, Seen] = {}
@@ -116,6 +118,7 @@ class Passes:
         if self._rerunning or not self._correct or u in self._started: return
         self._started.add(u)
         if not self._may_change(u): return
+        self.written.add(u)
         self.start(u)
         torch.clear_autocast_cache()
 
@@ -223,6 +226,7 @@ class Passes:
 
     def _mark(self, u: Unit) -> None:
         self._changed.add(u)
+        self.written.add(u)
         torch.clear_autocast_cache()
 
     def measure(self, u: Unit, x: Tensor, by_channel: bool) -> Moments:

@@ -37,12 +37,12 @@ def orthogonal_(
         except (NotImplementedError, RuntimeError, ValueError): return  # no way back from a weight to what it is computed from
     elif 'weight_g' in layer._parameters:  # weight_norm of old
         g,v = layer.weight_g,layer.weight_v
-        v.copy_(q)
+        v.data.copy_(q)
         dims = [d for d in range(v.dim()) if d >= g.dim() or g.shape[d] != v.shape[d]]
-        g.copy_(torch.linalg.vector_norm(v, dim=dims or None, keepdim=bool(dims)).reshape(g.shape))
-    else: (layer.weight_orig if 'weight_orig' in layer._parameters else w).copy_(q)
+        g.data.copy_(torch.linalg.vector_norm(v, dim=dims or None, keepdim=bool(dims)).reshape(g.shape))
+    else: (layer.weight_orig if 'weight_orig' in layer._parameters else w).data.copy_(q)
     bias = layer._parameters.get('bias')
-    if bias is not None and bias.requires_grad: bias.zero_()
+    if bias is not None and bias.requires_grad: bias.data.zero_()
 
 
 def _orthonormal(
@@ -74,6 +74,6 @@ def preinitialize(
         (orthogonal_ if preinit == 'orthogonal' else preinit)(layer)
         for n, p in was.items():  # an optimizer may hold the parameters: they get the values of any put in their place
             if p is not None and (new := layer._parameters[n]) is not p:
-                p.copy_(new)
+                p.data.copy_(new)
                 layer._parameters[n] = p
     from_rank_0(layer.parameters())

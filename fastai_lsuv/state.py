@@ -61,13 +61,13 @@ def _is_plain(v: Any) -> bool: return type(v) in _PLAIN or type(v) is tuple and 
 
 
 def memory(t: Tensor) -> int:
-    "Address of the memory that a tensor is a view of; 0 if it has none to speak of, as a sparse one."
-    return t.untyped_storage().data_ptr() if t.layout == torch.strided else 0
+    "Address of the memory that a tensor is a view of (0 if it is empty), or of the tensor itself if it is sparse."
+    return t.untyped_storage().data_ptr() if t.layout == torch.strided else id(t)
 
 
 def _write(t: Tensor, was: Tensor) -> None:
     "Make `t` hold what it held. An expanded tensor cannot be written as a whole, but was not written by others either."
-    if t.layout != torch.strided or not torch.equal(t, was): t.copy_(was)
+    if t.layout != torch.strided or not torch.equal(t, was): t.data.copy_(was)
 
 
 # How the state of each kind of generator is had, and set.
@@ -127,7 +127,8 @@ def preserved(
     model: nn.Module,
     units: list[Unit]  # Whose weights and biases may change
 ) -> Iterator[None]:
-    """Leave everything but the units' weights and biases as it was: module modes, buffers, hidden state and other attributes.
+    """Leave everything but the units' weights and biases as it was: module modes, buffers, hidden state and other attributes,
+    and the gradients, to which a model may add by a `backward` of its own.
 
     If anything is raised inside, Ctrl-C included, the weights and biases are put back too."""
     snapshot = Snapshot(model.modules(), but={memory(p) for p in model.parameters() if not is_lazy(p)} - {0})
@@ -135,11 +136,15 @@ def preserved(
     weights,others = _Params(owned),_Params(p for m in model.modules() for p in m._parameters.values() if p is not None and p not in owned and _may_be_written(m, p))
     def values(): return [(k, k.copy()) for u in units for k in u.knobs if k.has_setter]  # what stands behind properties
     was = values()
+    grads = [(p, p.grad) for p in model.parameters() if p.is_leaf]
     def put_back(values):
+        for p, g in grads: p.grad = g
         snapshot.restore()
         others.put_back()
         for k, v in values: k.assign(v)  # it may live in an attribute that was just restored
-    try: yield
+    try:
+        for p, _ in grads: p.grad = None
+        yield
     except BaseException:
         put_back(was)
         weights.put_back()

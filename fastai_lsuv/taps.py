@@ -50,11 +50,12 @@ class Gauge:
     ):
         self.near_zero,self.bins,self.scratch,self.bytes,self.scale = near_zero,bins,None,None,None
         if bins is None: return
-        n,lo,hi = (np.float32(b) for b in bins)
-        if (hi - lo)/n < 4*np.spacing(max(abs(lo), abs(hi))): return  # bins that float32 hardly tells apart are left to `histc`
-        self.scale = np.float32(bins[0]/(bins[2] - bins[1]))
-        while (hi - lo)*self.scale < n: self.scale = np.nextafter(self.scale, np.float32(np.inf))  # rounding must not bring the upper end into the last bin
-        self.scale = float(self.scale)
+        n,(lo,hi) = bins[0],(float(np.float32(b)) for b in bins[1:])
+        # Bins that float32 hardly tells apart are left to `histc`, and so are those at the ends of its range.
+        if not max(1e-30, 64*np.spacing(np.float32(max(-lo, hi)))) < (hi - lo)/n < 1e30: return
+        scale = np.float32(n/(hi - lo))
+        while np.float32(hi - lo)*scale < n: scale = np.nextafter(scale, np.float32(np.inf))  # or rounding brings the upper end into the last bin
+        self.scale = float(scale)
 
     def __call__(self, x: Tensor, grad: bool = False) -> Measure:
         x = x.detach()

@@ -21,8 +21,8 @@ _AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose
 class Knob:
     """One thing that a unit is made of: the tensor in `owner.name`, or the value behind a property of that name.
 
-    Tensors are changed through `.data`: a model may take a gradient in its forward pass, and should get that of its new
-    weights, not an error that they changed."""
+    Tensors are changed through `.data`, unseen by autograd: a model may take a gradient in its forward pass. They are
+    counted as written by `Unit.count_write`, when all is done."""
     def __init__(self,
         owner: nn.Module,  # Module whose attribute it is
         name: str,  # Attribute: "weight", "weight_g", "bias", ...
@@ -103,6 +103,11 @@ class Unit:
 
     @property
     def knobs(self) -> list[Knob]: return [*self.scales, *([self.bias] if self.bias else [])]
+
+    def count_write(self) -> None:
+        "Tell autograd, and all who look at a tensor's version, that the unit's weights and biases have been written."
+        for t in {*self.layer._parameters.values(), *(k.value for k in self.knobs if not k.has_setter)}:
+            if isinstance(t, Tensor) and not t.is_inference(): torch.autograd.graph.increment_version(t)
 
     def __repr__(self): return f'Unit({self.name!r}, {self.kind})'
 

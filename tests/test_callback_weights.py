@@ -10,7 +10,7 @@ from fastai.basics import Adam, DataLoaders, OptimWrapper, SGD, TfmdDL, load_lea
 from fastai.vision.all import resnet18, unet_learner, vision_learner
 from learners import *
 
-from fastai_lsuv import LSUVCallback
+from fastai_lsuv import LSUVCallback, lsuv_init
 from fastai_lsuv.units import find_units
 
 AS_IT_WAS = 'LSUV left the model as it is: '
@@ -315,6 +315,23 @@ def test_loaded_then_copied(here):
     again = deepcopy(fresh)
     again.logger = again.lines.append
     left(again, 'it was initialized before an earlier fit')
+
+
+@pytest.mark.parametrize('preinit', ['orthogonal', None])
+def test_initialized_by_hand(preinit):
+    "What the user has made of the weights is not made again; an attempt that failed has made nothing."
+    def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 32), nn.ReLU(), nn.Linear(32, 4))
+    learn = learner(model=mlp(), cbs=LSUVCallback())
+    lsuv_init(learn.model, learn.dls.train, preinit=preinit)
+    left(learn, 'its weights were loaded')
+    learn = learner(model=mlp(), cbs=LSUVCallback())
+    lsuv_init(learn.model[:3], learn.dls.train, preinit=preinit)
+    initialized(learn, kept=learn.model[1].parameters())
+    learn = learner(model=mlp(), cbs=LSUVCallback())
+    hook = learn.model[-1].register_forward_hook(raises)
+    with pytest.raises(RuntimeError, match='hook'): lsuv_init(learn.model, learn.dls.train, preinit=preinit)
+    hook.remove()
+    initialized(learn)
 
 
 def test_a_failed_pass_loads_nothing():

@@ -323,12 +323,15 @@ def test_the_last_thing_a_dataloader_yields_is_the_target():
 
 def test_fastai_dataloaders():
     from fastai.data.load import DataLoader as FastaiDataLoader
-    from fastai.data.core import TfmdDL
+    from fastai.data.core import DataLoaders, TfmdDL
     rows = [(torch.randn(4), torch.randn(3), i) for i in range(64)]
     assert lsuv_init(Two(), TfmdDL(rows, bs=32)).ok  # all but the last
     assert lsuv_init(Two(), TfmdDL([r[:2] for r in rows], bs=32), n_inp=2).ok  # its own `n_inp` is 1
     assert lsuv_init(nn.Linear(4, 8), TfmdDL([(r[0], r[2]) for r in rows], bs=32)).ok
     assert lsuv_init(nn.Linear(4, 8), FastaiDataLoader([r[0] for r in rows], bs=32)).ok
+    assert lsuv_init(nn.Linear(4, 8), FastaiDataLoader([(r[0], r[2]) for r in rows], bs=32)).ok
+    assert lsuv_init(Two(), FastaiDataLoader(rows, bs=32)).ok
+    with pytest.raises(TypeError, match='batches: got DataLoaders; .* such as its `train`'): lsuv_init(nn.Linear(4, 8), DataLoaders(FastaiDataLoader(rows)))
 
 
 def test_n_inp_and_get_input():

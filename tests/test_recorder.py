@@ -185,10 +185,19 @@ def test_what_is_above_the_range_is_not_counted(bins):
     x = torch.randn(10000)*20
     assert Gauge(0., bins)(x).hist.sum() == x.histc(*bins).sum() == ((x >= bins[1]) & (x <= bins[2])).sum()
 
-@pytest.mark.parametrize('bins', [(40, 100., 100.001), (200, 1e6, 1e6+1), (40, 1e6, 1e6+.01), (40, 100., 101.)])
+@pytest.mark.parametrize('bins', [(40, 100., 100.001), (200, 1e6, 1e6+1), (40, 1e6, 1e6+.01), (40, 100., 101.), (50, 10., 10.000301),
+                                  (1, 126.99738921802668, 126.99742424652354), (127, 10000., 10000.73), (7, -7.3, -7.299985620754372)])
 def test_bins_far_from_zero(bins):
     x = bins[1] + torch.randn(10000)*(bins[2] - bins[1])
     assert torch.equal(Gauge(0., bins)(x).hist.float(), x.histc(*bins))
+
+@pytest.mark.parametrize('bins', [(40, -3e38, 3e38), (40, 0., 1e-37)])
+def test_bins_at_the_ends_of_what_float32_holds(bins):
+    x = torch.rand(1000)*bins[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        hist = Gauge(0., bins)(x).hist
+    assert torch.equal(hist.float(), x.histc(*bins))
 
 @pytest.mark.parametrize('default', [torch.bfloat16, torch.float64])
 def test_the_default_dtype_does_not_matter(default):

@@ -508,6 +508,40 @@ def test_a_model_that_takes_a_gradient_in_its_forward(kwargs):
         torch.manual_seed(0)
         assert all(r.status == 'ok' for r in lsuv_init(m, x, **kwargs))
     for p, q in zip(model.net.parameters(), plain.parameters()): torch.testing.assert_close(p, q)
-    assert all(p.grad is None for p in model.parameters())
     model(x)
     torch.testing.assert_close(forces[0], forces[-1])  # the first was taken while the weights were set
+
+
+def test_a_model_that_uses_a_weight_ahead_of_its_layer_and_takes_a_gradient():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc,self.out,self.head = nn.Linear(6, 6),nn.Linear(6, 1),nn.Linear(6, 4)
+        @torch.enable_grad()
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            h = self.enc(torch.tanh(F.linear(x, self.enc.weight.t())))
+            force, = torch.autograd.grad(self.out(torch.tanh(h)).sum(), x)
+            return self.head(force)
+    assert statuses(init(Tied(), X(64, 6), order='std')) == dict(enc='ok', out='ok', head='ok')
+
+
+def test_gradients_are_those_from_before():
+    "Of a model that calls `backward` in its forward, too."
+    class Backward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.head = nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 1)),nn.Linear(6, 4)
+        @torch.enable_grad()
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            self.net(x).sum().backward()
+            return self.head(x.grad)
+    model = Backward()
+    model(X(64, 6))
+    model.net[0].bias.grad = None
+    was = {n: p.grad for n, p in model.named_parameters()}
+    kept = {n: g.clone() for n, g in was.items() if g is not None}
+    init(model, X(64, 6))
+    assert len(kept) == 3 and all(p.grad is was[n] for n, p in model.named_parameters())
+    for n, g in kept.items(): assert torch.equal(was[n], g)
