@@ -1,6 +1,7 @@
 "`LSUVCallback`: LSUV in a Learner, before the first fit and only where weights mean nothing yet."
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import closing
 from copy import deepcopy
@@ -23,6 +24,7 @@ from .units import Unit
 
 __all__ = ['LSUVCallback']
 
+_EARLIER = "it was initialized before an earlier fit"
 _LONG = 3.  # Seconds after which a pass shows a progress bar
 _INITIALIZED: WeakSet[nn.Module] = WeakSet()  # Models that were initialized: the next fit may bring another callback
 
@@ -34,7 +36,7 @@ class LSUVCallback(Callback):
     frozen now or when the callback was attached, the body of a Learner made with `pretrained=True`, what was loaded since the
     callback was attached, and all of a model that has been trained. It says so in one line; `force=True`, `reset()` and
     `learn.lsuv_init()` do it anyway (frozen weights must be unfrozen). Attach it when the Learner is made: weights that were
-    loaded before, without the optimizer's state, look like any others.
+    loaded before are told from others by what their norm layers have learned; those of a model without any look like new.
 
     Nothing else of the run is disturbed: random numbers, batches, optimizer, buffers and the state of other callbacks are as they
     would have been; if anything fails, weights too. Raises `TypeError` or `ValueError`, naming the argument, when it is made.
@@ -69,7 +71,7 @@ class LSUVCallback(Callback):
                             max_iter=max_iter, per_channel=per_channel, baseline=baseline)
         self.min_samples,self.every_fit,self.force = min_samples,every_fit,force
         self.report: LSUVReport | None = None
-        self.anyway,self.from_file,self.known = False,False,{}
+        self.anyway,self.from_file,self.known,self.unsaid = False,False,{},''
 
     def __repr__(self): return f"LSUVCallback(order={self.options['order']!r})"
 
@@ -83,8 +85,12 @@ class LSUVCallback(Callback):
 
     def before_fit(self):
         "Initialize the model, unless its weights mean something."
+        if not _begins_a_fit(): return
         why = '' if self.every_fit else self._why_not()
         if any_rank(bool(why)):
+            if why == _EARLIER and self.unsaid:
+                why += f" that logged nothing ({self.unsaid})"
+                if self.learn.logger is not noop: self.unsaid = ''
             self._say(f"LSUV left the model as it is: {why or 'so does another rank'}. `learn.lsuv_init()` initializes it anyway.")
             return
         cbs = list(self.learn.cbs.sorted('order'))
@@ -95,14 +101,18 @@ class LSUVCallback(Callback):
         "Why no weight of the model is to be touched, or \"\"."
         learn = self.learn
         if self.anyway: return ''
-        if plain(learn.model) in _INITIALIZED: return "it was initialized before an earlier fit"
+        if plain(learn.model) in _INITIALIZED: return _EARLIER
         if self.force: return ''
         if self.from_file: return "it comes from a file"
         start = next((cb for cb in learn.cbs if isinstance(cb, SkipToEpoch)), None)
         if start is not None: return f"training goes on from epoch {start._skip_to}"
         if _was_trained(learn): return "it has been trained"
         params = _parameters(learn.model)
-        return "its weights were loaded" if params and len(self._written()) == len(params) else ''
+        if params and len(self._written()) == len(params): return "its weights were loaded"
+        # Where some are frozen, or were, or the Learner knows of a pretrained body, the rest may well be a new head.
+        if vars(learn).get('pretrained') or any(not p.requires_grad or self._knows(p) and self.known[id(p)][2] for p in params): return ''
+        learned = _learned_norm(learn.model)
+        return f"it comes trained, as its norm layer {learned!r} shows" if learned else ''
 
     def _note(self,
         written: set[int] | None = None  # After a run: these had been written before, and stay so
@@ -147,7 +157,8 @@ class LSUVCallback(Callback):
             for line in remarks: self._say(line)
         self.report,self.anyway = report,False
         _INITIALIZED.add(plain(learn.model))
-        self._say(report.summary + (f'. {report.left_alone}' if report.left_alone else ''))
+        self._say(line := report.summary + (f'. {report.left_alone}' if report.left_alone else ''))
+        self.unsaid = line if learn.logger is noop else ''  # by `lr_find`, say
         return report
 
     def _say(self, line: str):
@@ -214,6 +225,20 @@ def _found_lr(recorder: Callback | None) -> bool:
     lrs = getattr(recorder, 'lrs', ())
     factors = [b/a for a, b in zip(lrs, lrs[1:]) if a > 0]
     return len(factors) > 1 and min(factors) > 1 and max(factors) < 1.001*min(factors)
+
+
+def _learned_norm(model: nn.Module) -> str:
+    "Name of a norm layer whose weight and bias have been learned, or \"\": nobody starts both with other than one value for all."
+    def varies(p): return p is not None and not is_lazy(p) and bool((p != p[:1]).any())
+    return next((n for n, m in model.named_modules() if 'Norm' in type(m).__name__ and getattr(w := m._parameters.get('weight'), 'ndim', 0) == 1
+                 and varies(w) and (m._parameters.get('bias') is None or varies(m.bias))), '')
+
+
+def _begins_a_fit() -> bool:
+    "Whether a fit has sent the event that is being handled. `validate`, `get_preds`, `summary` and `tta` send `before_fit` too, in one list with `before_epoch`."
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not Learner.__call__.__code__: frame = frame.f_back
+    return frame is None or isinstance(frame.f_locals['event_name'], str)
 
 
 class _Progress:

@@ -1,6 +1,7 @@
 "`lsuv_init`: layer-sequential unit-variance initialization of any model, in one forward pass. `layer_stats`: how it is now."
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -141,6 +142,8 @@ def _check_number(name: str, v: Any, takes: str, above: float | None = None) -> 
 def check_options(order, preinit, target_mean, target_std, tol, batch_tol, max_iter) -> None:
     "Raise `TypeError` or `ValueError` for the first argument that is not what `lsuv_init` takes."
     parse_order(order)
+    if getattr(preinit, '__module__', '') == 'torch.nn.init':
+        raise TypeError(f"preinit: got nn.init.{preinit.__name__}, which takes a tensor; a function of a layer is called for: lambda layer: nn.init.{preinit.__name__}(layer.weight)")
     if preinit not in ('orthogonal', None) and not callable(preinit):
         raise (ValueError if isinstance(preinit, str) else TypeError)(
             f"preinit: got {preinit!r}; it takes 'orthogonal', None (keep the weights) or a function of a layer")
@@ -211,6 +214,19 @@ class _Feed:
                 raise ValueError(f"batches: mini-batch {self.count} holds NaNs (in a {str(o.dtype)[6:]} tensor of shape {tuple(o.shape)}); it takes numbers")
             return o.to(device) if device is not None else o
         self.batch = tree_map(ready, b)
+        self._check_call(b)
+
+    def _check_call(self, b: Any) -> None:
+        "Raise `TypeError` if the model does not take as many inputs as a mini-batch holds."
+        args,kwargs = (b, {}) if isinstance(b, tuple) else ((), b) if isinstance(b, Mapping) else ((b,), {})
+        if type(self.model).__call__ is not nn.Module.__call__ or self.model._forward_pre_hooks: return  # which may make other inputs of them
+        try: takes = inspect.signature(self.model.forward, follow_wrapped=False)
+        except (TypeError, ValueError): return  # compiled code may not tell
+        try: takes.bind(*args, **kwargs)
+        except TypeError as e:
+            held = f"the inputs {', '.join(map(repr, b))}" if kwargs else f"{len(args)} input{'s'*(len(args) != 1)}"
+            raise TypeError(f"batches: mini-batch {self.count} holds {held}, but {type(self.model).__name__}.forward takes {takes} ({e}); "
+                            "pass `n_inp`, how many come first that are inputs and no targets, or `get_input`") from None
 
     def _inputs(self, b: Any) -> Any:
         "The model's inputs among what an iterable yields."

@@ -1,5 +1,6 @@
 "Weights that mean something are not overwritten: each case says so in one line, and each can be overridden."
 import pickle
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 
@@ -14,6 +15,7 @@ from fastai_lsuv import LSUVCallback, lsuv_init
 from fastai_lsuv.units import find_units
 
 AS_IT_WAS = 'LSUV left the model as it is: '
+UNLOGGED = "it was initialized before an earlier fit that logged nothing (LSUV 'std mean': 3 of 3 layers at the target std, 2 forward passes)"
 
 
 def after_lsuv(learn, fit=None):
@@ -110,6 +112,65 @@ def test_trained_by_another_learner():
     left(learner(model=model, cbs=LSUVCallback(force=True)), 'it was initialized before an earlier fit')
 
 
+@pytest.mark.parametrize('look', [lambda l: l.validate(), lambda l: l.get_preds(), lambda l: l.summary(), lambda l: l.get_preds(ds_idx=0), lambda l: l.tta()],
+                         ids=['validate', 'get_preds', 'summary', 'of training data', 'tta'])
+@pytest.mark.parametrize('how', [dict(), dict(force=True), dict(every_fit=True)], ids=str)
+def test_a_look_at_the_model_is_no_fit(look, how):
+    dls = DataLoaders.from_dsets(Split(images()), Split(images()), bs=16)
+    learn = learner(dls, cbs=LSUVCallback(**how))
+    def looks():
+        was = weights(learn.model)
+        look(learn)
+        assert same(weights(learn.model), was)
+    looks()
+    assert learn.lsuv.report is None
+    learn.create_opt()
+    looks()
+    initialized(learn)
+    looks()
+    learn.lsuv.reset()
+    looks()
+    initialized(learn)
+
+
+class Split(list):
+    "Items as a dataset with a split, for `tta`."
+    def set_split_idx(self, i): return nullcontext()
+
+
+def test_validation_within_a_fit():
+    class Validates(Callback):
+        def before_train(self): self.learn.validate()
+    initialized(learner(cbs=[LSUVCallback(every_fit=True), Validates()]))
+
+
+# --- weights that came with the model
+
+def learned(m):
+    "What training makes of norm layers."
+    if 'Norm' in type(m).__name__: m.weight.data += 0.1*torch.randn_like(m.weight); m.bias.data += 0.1*torch.randn_like(m.bias)
+
+
+def test_a_pretrained_model_in_a_plain_learner():
+    left(learner(model=cnn().apply(learned), cbs=LSUVCallback()), "it comes trained, as its norm layer '1' shows")
+    initialized(learner(model=cnn().apply(learned), cbs=LSUVCallback(force=True)))
+
+
+def test_a_new_head_on_a_frozen_pretrained_model():
+    model = cnn().apply(learned)
+    for m in model[:-1]:
+        if not isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
+    initialized(learner(model=model, cbs=LSUVCallback()), kept=model[:-1].parameters())
+
+
+def test_norms_that_look_learned_and_are_not():
+    "DCGAN's start from normal weights and zero biases; a model that was run in training mode has statistics."
+    model = cnn()
+    nn.init.normal_(model[1].weight, 1., 0.02)
+    model(torch.randn(8, 3, 12, 12))
+    initialized(learner(model=model, cbs=LSUVCallback()))
+
+
 def test_a_backward_pass_is_no_training():
     learn = learner(cbs=LSUVCallback())
     learn.model(torch.randn(2, 3, 12, 12)).sum().backward()
@@ -159,6 +220,7 @@ def test_lr_find_leaves_the_lsuv_network(here, opt_func):
     set_seed(5)
     learn.lr_find(num_it=8, show_plot=False)
     assert learn.lsuv.report.ok and same(weights(learn.model), expected()) and said(learn) == []
+    left(learn, UNLOGGED)
     left(learn, 'it was initialized before an earlier fit')
 
 

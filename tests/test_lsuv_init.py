@@ -341,7 +341,21 @@ def test_n_inp_and_get_input():
     assert lsuv_init(m(), [(y, {'image': x})], get_input=lambda b: b[1]['image']).ok
     assert lsuv_init(m(), {'image': x, 'y': y}, get_input=lambda b: b['image']).ok
     assert lsuv_init(Two(), [(y, x, torch.randn(64, 3))], get_input=lambda b: list(b[1:])).ok
-    with pytest.raises(TypeError): lsuv_init(m(), [(x, y)])  # both are the model's inputs unless told otherwise
+    # All are the model's inputs unless told otherwise.
+    with pytest.raises(TypeError, match=r'batches: mini-batch 1 holds 2 inputs, but Linear.forward takes \(input.*pass `n_inp`'): lsuv_init(m(), [(x, y)])
+    with pytest.raises(TypeError, match=r'batches: mini-batch 1 holds 2 inputs, but .*pass `n_inp`'): layer_stats(m(), (x, y))
+    with pytest.raises(TypeError, match=r"batches: mini-batch 1 holds the inputs 'image', 'y', but .*`get_input`"): lsuv_init(m(), {'image': x, 'y': y})
+    with pytest.raises(TypeError, match=r"batches: mini-batch 1 holds 1 input, but Two.forward"): lsuv_init(Two(), x)
+
+
+def test_inputs_that_the_model_makes_others_of():
+    x = torch.randn(64, 4)
+    hooked = nn.Sequential(nn.Linear(4, 8))
+    hooked.register_forward_pre_hook(lambda m, args: args[:1])
+    assert lsuv_init(hooked, (x, x)).ok
+    class Calls(nn.Sequential):
+        def __call__(self, x, y): return super().__call__(x + y)
+    assert lsuv_init(Calls(nn.Linear(4, 8)), (x, x)).ok
 
 
 # --- what is refused
@@ -364,7 +378,7 @@ BAD = [
     ('modules', nn.Linear(1, 1), ValueError), ('modules', 3, TypeError), ('modules', ['lin', 3], TypeError), ('modules', ['lin', 'nope'], ValueError), ('modules', nn.ReLU, ValueError),
     ('batches', [], ValueError), ('batches', iter(()), ValueError), ('batches', None, TypeError), ('batches', 3, TypeError), ('batches', [None], TypeError), ('batches', ['x'], TypeError),
     ('batches', NAN, ValueError), ('batches', [NAN], ValueError), ('batches', (X, {'y': NAN}), ValueError),
-    ('n_inp', 0, ValueError), ('n_inp', 1.5, ValueError), ('get_input', 3, TypeError),
+    ('preinit', nn.init.kaiming_normal_, TypeError), ('n_inp', 0, ValueError), ('n_inp', 1.5, ValueError), ('get_input', 3, TypeError),
 ]
 
 @pytest.mark.parametrize('name, value, error', BAD, ids=[f'{n}-{k}' for k, (n, _, _) in enumerate(BAD)])
