@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_map
 
 from .loops import parse_order
 from .moments import Moments, from_rank_0, in_step, several_ranks
-from .passes import Goal, Passes, call, varies
+from .passes import Goal, Passes, arguments, call, varies
 from .preinit import preinitialize
 from .report import LSUVReport, Row
-from .state import Snapshot, memory, preserved, train_without_dropout
+from .state import Copies, Snapshot, memory, preserved, train_without_dropout
 from .units import Unit, find_units, measurable
 
 __all__ = ['lsuv_init', 'layer_stats']
@@ -99,14 +99,12 @@ def initialize(
 def _as_on_rank_0(model: nn.Module) -> Iterator[None]:
     "Begin on every rank of `torch.distributed` with the weights of rank 0, as `DistributedDataParallel` does; if anything is raised, put them back."
     if not several_ranks(): yield; return
-    params = [p for p in model.parameters() if not is_lazy(p)]
-    was = [p.detach().clone() for p in params]
+    was = Copies(model.parameters())
     try:
-        from_rank_0(params)
+        from_rank_0(p for p in model.parameters() if not is_lazy(p))
         yield
     except BaseException:
-        with torch.no_grad():
-            for p, w in zip(params, was): p.copy_(w)
+        was.put_back()
         raise
 
 
@@ -218,7 +216,7 @@ class _Feed:
 
     def _check_call(self, b: Any) -> None:
         "Raise `TypeError` if the model does not take as many inputs as a mini-batch holds."
-        args,kwargs = (b, {}) if isinstance(b, tuple) else ((), b) if isinstance(b, Mapping) else ((b,), {})
+        args,kwargs = arguments(b)
         if type(self.model).__call__ is not nn.Module.__call__ or self.model._forward_pre_hooks: return  # which may make other inputs of them
         try: takes = inspect.signature(self.model.forward, follow_wrapped=False)
         except (TypeError, ValueError): return  # compiled code may not tell

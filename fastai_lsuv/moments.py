@@ -208,8 +208,8 @@ def from_rank_0(tensors: Iterable[Tensor]) -> None:
     "Give tensors the contents that they have on rank 0 of `torch.distributed`."
     if not several_ranks(): return
     for t in tensors:
-        dist.broadcast(sent := t.detach().contiguous(), 0)  # of memory in another order, channels-last say, a copy
-        if sent.data_ptr() != t.data_ptr(): t.copy_(sent)
+        dist.broadcast(sent := t.data.contiguous(), 0)  # of memory in another order, channels-last say, a copy
+        if sent.data_ptr() != t.data_ptr(): t.data.copy_(sent)
 
 
 def several_ranks() -> bool:

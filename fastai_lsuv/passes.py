@@ -16,7 +16,7 @@ from .loops import AffineMeter, Meter, run_loops
 from .moments import Moments, all_ranks, channel_moments, first_tensor, pool, whole_moments
 from .units import LAYERS, Knob, Unit
 
-__all__ = ['Goal', 'Seen', 'Passes', 'call', 'varies']
+__all__ = ['Goal', 'Seen', 'Passes', 'arguments', 'call', 'varies']
 
 # A closed-form step costs nothing; a step of any other unit costs a run of the unit (the paper stops at 10 too).
 _MAX_STEPS, _MAX_RUNS = 100, 10
@@ -97,6 +97,7 @@ class Passes:
                 if len(self.seen[u].moments) > 1: self._nudge(u)
         self.found.update(self.seen)
         for u in self._changed: self.corrected[u] += 1
+        self.written |= self._changed
         return bool(self._changed)
 
     @contextmanager
@@ -226,7 +227,6 @@ class Passes:
 
     def _mark(self, u: Unit) -> None:
         self._changed.add(u)
-        self.written.add(u)
         torch.clear_autocast_cache()
 
     def measure(self, u: Unit, x: Tensor, by_channel: bool) -> Moments:
@@ -286,10 +286,16 @@ def _biases(u: Unit) -> np.ndarray:
     return b[0] if (b == b[0]).all() else b
 
 
+def arguments(batch: Any) -> tuple[tuple, Mapping]:
+    "Positional and keyword arguments that a model gets of a mini-batch: a tensor, or a tuple or dict of its inputs."
+    if isinstance(batch, Mapping): return (), batch
+    return (batch if isinstance(batch, tuple) else (batch,)), {}
+
+
 def call(model: nn.Module, batch: Any) -> Any:
-    "What `model` makes of a mini-batch: a tensor, or a tuple or dict of its inputs."
-    if isinstance(batch, Mapping): return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    "What `model` makes of a mini-batch."
+    args,kwargs = arguments(batch)
+    return model(*args, **kwargs)
 
 
 def _version(t: Tensor) -> Any:

@@ -33,8 +33,10 @@ def orthogonal_(
     q = torch.empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
     for part in q.chunk(groups): part.copy_(_orthonormal(q.new_empty(len(part), part[0].numel()).normal_()).view_as(part))
     if parametrize.is_parametrized(layer, 'weight'):
+        # There may be no way back from a weight to what it is computed from: none at all, or not as it is set up, or not from this one.
+        if not all(hasattr(m, 'right_inverse') for m in layer.parametrizations.weight): return
         try: layer.weight = q.to(w)
-        except (NotImplementedError, RuntimeError, ValueError): return  # no way back from a weight to what it is computed from
+        except (NotImplementedError, ValueError): return
     elif 'weight_g' in layer._parameters:  # weight_norm of old
         g,v = layer.weight_g,layer.weight_v
         v.data.copy_(q)

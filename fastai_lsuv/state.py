@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .units import Unit
 
-__all__ = ['Snapshot', 'memory', 'preserved', 'train_without_dropout']
+__all__ = ['Copies', 'Snapshot', 'memory', 'preserved', 'train_without_dropout']
 
 _HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # attached and removed by whoever registers them
 _MOST_ITEMS = 1000  # A longer list holds data, not state
@@ -98,7 +98,7 @@ class Snapshot:
             for c in contents: c.restore()
 
 
-class _Params:
+class Copies:
     """Copies of parameters.
 
     Those on the CPU lie in one array of numpy's, which comes in huge pages where the system has them. As tensors of their own
@@ -133,7 +133,7 @@ def preserved(
     If anything is raised inside, Ctrl-C included, the weights and biases are put back too."""
     snapshot = Snapshot(model.modules(), but={memory(p) for p in model.parameters() if not is_lazy(p)} - {0})
     owned = {p for u in units for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer)}
-    weights,others = _Params(owned),_Params(p for m in model.modules() for p in m._parameters.values() if p is not None and p not in owned and _may_be_written(m, p))
+    weights,others = Copies(owned),Copies(p for m in model.modules() for p in m._parameters.values() if p is not None and p not in owned and _may_be_written(m, p))
     def values(): return [(k, k.copy()) for u in units for k in u.knobs if k.has_setter]  # what stands behind properties
     was = values()
     grads = [(p, p.grad) for p in model.parameters() if p.is_leaf]

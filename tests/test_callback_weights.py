@@ -119,9 +119,9 @@ def test_a_look_at_the_model_is_no_fit(look, how):
     dls = DataLoaders.from_dsets(Split(images()), Split(images()), bs=16)
     learn = learner(dls, cbs=LSUVCallback(**how))
     def looks():
-        was = weights(learn.model)
+        was,report = weights(learn.model),learn.lsuv.report
         look(learn)
-        assert same(weights(learn.model), was)
+        assert same(weights(learn.model), was) and learn.lsuv.report is report
     looks()
     assert learn.lsuv.report is None
     learn.create_opt()
@@ -140,8 +140,12 @@ class Split(list):
 
 def test_validation_within_a_fit():
     class Validates(Callback):
-        def before_train(self): self.learn.validate()
-    initialized(learner(cbs=[LSUVCallback(every_fit=True), Validates()]))
+        def before_train(self):
+            self.report = self.learn.lsuv.report
+            self.learn.validate()
+    learn = learner(cbs=[LSUVCallback(every_fit=True), Validates()])
+    initialized(learn)
+    assert learn.validates.report is learn.lsuv.report  # the same weights may be drawn twice
 
 
 # --- weights that came with the model
@@ -161,6 +165,14 @@ def test_a_new_head_on_a_frozen_pretrained_model():
     for m in model[:-1]:
         if not isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
     initialized(learner(model=model, cbs=LSUVCallback()), kept=model[:-1].parameters())
+
+
+def test_a_pretrained_model_whose_norms_have_no_bias():
+    def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 32), nn.RMSNorm(32), nn.ReLU(), nn.Linear(32, 4))
+    model = mlp()
+    nn.init.normal_(model[2].weight, 1., 0.1)
+    left(learner(model=model, cbs=LSUVCallback()), "it comes trained, as its norm layer '2' shows")
+    initialized(learner(model=mlp(), cbs=LSUVCallback()))
 
 
 def test_norms_that_look_learned_and_are_not():

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from fingerprint import fingerprint
 from lesson11 import ConvLayer, lesson11
 from networks import NETWORKS, Mod, cnn
 from torch import nn
@@ -258,6 +259,26 @@ def test_a_parametrization_of_ones_own():
     parametrize.register_parametrization(net[0], 'weight', Symmetric())
     rows = init(net, 7*X())
     assert statuses(rows) == {'0': 'ok', '1': 'ok'} and torch.equal(net[0].weight, net[0].weight.T)
+
+
+def test_a_parametrization_whose_inverse_fails():
+    "It may refuse a weight; any other error is the user's to see, and nothing is changed."
+    class Halves(nn.Module):
+        def __init__(self, error): super().__init__(); self.error = error
+        def forward(self, w): return w/2
+        def right_inverse(self, w):
+            if self.training: raise self.error
+            return 2*w
+    def net(error):
+        net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).eval()
+        parametrize.register_parametrization(net[0], 'weight', Halves(error).eval())
+        return net.train()
+    for error in (ValueError('not in the manifold'), NotImplementedError()):
+        assert statuses(init(net(error), 7*X())) == {'0': 'ok', '1': 'ok'}
+    model = net(torch.OutOfMemoryError('too large'))
+    was = fingerprint(model)
+    with pytest.raises(torch.OutOfMemoryError, match='too large'): lsuv_init(model, X())
+    assert fingerprint(model) == was
 
 
 # --- kinds of layers
