@@ -1,8 +1,7 @@
 "Mini-batches as a Learner would feed them to its model, drawn without a trace."
 from __future__ import annotations
 
-import random
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from itertools import count, islice
@@ -14,16 +13,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, DataLoader,
-                           GatherPredsCallback, L, Learner)
+                           GatherPredsCallback, L, Learner, noop)
 from fastai.callback.hook import HookCallback
 from fastai.callback.schedule import ParamScheduler
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
+from .feed import join
+from .generators import Generators
 from .state import Snapshot, memory
 
-__all__ = ['no_trace', 'model_inputs']
+__all__ = ['no_trace', 'model_inputs', 'training_loss']
 
 # Their `before_batch` does something other than changing the input: schedules the optimizer, attaches hooks, gathers.
 _NOT_FED_BY = (ParamScheduler, HookCallback, GatherPredsCallback)
@@ -50,17 +51,22 @@ def no_trace(learn: Learner) -> Iterator[None]:
     # a callback may count, or average, in a tensor of its own
     tensors = Snapshot(feeders, but={memory(p) for p in learn.model.parameters() if not is_lazy(p)} - {0})
     hooks = [(d, copy(d)) for m in learn.model.modules() for k, d in vars(m).items() if 'hook' in k and isinstance(d, dict)]
-    autocast,python,numpy,torch_cpu = _Autocast(),random.getstate(),np.random.get_state(),torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    try: yield
-    finally:
-        tensors.restore(); attributes.restore(); autocast.restore()
-        for d, was in hooks:  # a callback may attach some in `before_train`
-            if d != was: d.clear(); d.update(was)
-        random.setstate(python); np.random.set_state(numpy); torch.set_rng_state(torch_cpu)
-        if cuda is not None: torch.cuda.set_rng_state_all(cuda)
-        if mps is not None: torch.mps.set_rng_state(mps)
+    autocast,generators = _Autocast(),Generators()
+    with ExitStack() as stack:  # the last comes first, and each is done whatever becomes of the others
+        stack.callback(generators.restore)
+        stack.callback(_restore_hooks, hooks)
+        stack.callback(autocast.restore)
+        stack.callback(attributes.restore)
+        stack.callback(tensors.restore)
+        yield
+
+
+def _restore_hooks(hooks: list[tuple[dict, dict]]) -> None:
+    "Take away the hooks that were attached since, by a callback's `before_train`, say."
+    for d, was in hooks:
+        if d == was: continue
+        d.clear()
+        d.update(was)
 
 
 def _reachable(roots: Iterable[Any]) -> list[Any]:
@@ -111,7 +117,8 @@ def model_inputs(
     learn: Learner,
     min_samples: int,  # Smaller mini-batches are gathered until they hold as many, where their shapes allow
     log: Callable[[str], object],  # Told once where they do not
-    begun: Iterable[Callback] = ()  # Callbacks whose `before_fit` has run
+    begun: Iterable[Callback] = (),  # Callbacks whose `before_fit` has run
+    on_batch: Callable[[Callable], object] = noop  # Told of each, by a function that makes its training loss
 ) -> Iterator[tuple]:  # Tuples of the model's inputs
     """Fresh mini-batches from the training DataLoader, epoch after epoch, through its transforms and the callbacks that change the input.
 
@@ -123,13 +130,31 @@ def model_inputs(
         for xb in batches:
             gathered.append(xb)
             if gathers and sum(map(_size, gathered)) < min_samples: continue
-            joined = _joined(gathered) if gathers else xb
+            joined = join(gathered) if gathers else xb
             if joined is None:
                 gathers = False
                 log(f"LSUV: mini-batches of {_size(xb)} are of different shapes and cannot be gathered to min_samples={min_samples}; each is used as it is")
+            on_batch(partial(training_loss, learn))
             yield joined or max(gathered, key=_size)
             gathered,given = [],True
-    if gathered and not given: yield _joined(gathered) or max(gathered, key=_size)  # a stream that ended, and does not begin again
+    if gathered and not given:  # a stream that ended, and does not begin again
+        on_batch(partial(training_loss, learn))
+        yield join(gathered) or max(gathered, key=_size)
+
+
+def training_loss(learn: Learner) -> Callable[[Callable], Any] | None:  # `None` if the mini-batch has no targets
+    "The training loss on the mini-batch that `learn` holds now, as a function of the model."
+    if not len(learn.yb): return None
+    state = Snapshot([learn, *learn.cbs], tensors=False)
+    cbs = [cb for cb in learn.cbs.sorted('order') if hasattr(cb, 'after_pred') and not getattr(cb, 'feeds_nothing', False)]
+
+    def loss(model):
+        state.restore()
+        learn.pred = model(*learn.xb)
+        for cb in cbs: cb('after_pred')
+        return learn.loss_func(learn.pred, *learn.yb)
+
+    return loss
 
 
 def _stream(learn: Learner) -> Iterator[Any]:
@@ -207,12 +232,3 @@ def _feeds(cb: Callback) -> bool:
 def _size(xb: Any) -> float:
     "Samples in a mini-batch; infinite if it cannot be told, as of a graph."
     return next((len(t) for t in tree_leaves(xb) if isinstance(t, Tensor) and t.dim()), float('inf'))
-
-
-def _joined(batches: list[tuple]) -> tuple | None:
-    "Mini-batches as one, or `None` if their shapes do not allow it."
-    if len(batches) == 1: return batches[0]
-    leaves,specs = zip(*map(tree_flatten, batches))
-    columns = list(zip(*leaves))
-    alike = all(s == specs[0] for s in specs) and all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == col[0].shape[1:] for col in columns for t in col)
-    return tree_unflatten([torch.cat(col) for col in columns], specs[0]) if alike else None

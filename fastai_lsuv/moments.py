@@ -1,47 +1,61 @@
-"Moments of an activation, by channel or of the whole, read about once from memory, combined in double precision."
+"""Mean and variance of an activation, and what they rest on.
+
+`whole_moments` and `channel_moments` read an activation about once, and add up in double precision on the host. `Moments`
+holds the result, by channel or of the whole. Its `Evidence` tells how many samples it rests on, and whether one of them
+carries it. `pool` joins the moments of several calls, mini-batches or ranks.
+
+Numbers on the host are numpy's: an operation on a few numbers costs a fifth of torch's, and a pass makes thousands."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Callable, Iterable, Sequence, TypeVar
+from typing import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ['Moments', 'whole_moments', 'channel_moments', 'pool', 'all_ranks', 'any_rank', 'in_step', 'from_rank_0', 'several_ranks', 'first_tensor', 'flat', 'unbias']
+__all__ = ['Evidence', 'Moments', 'whole_moments', 'channel_moments', 'pool', 'first_tensor', 'flat', 'unbias']
 
-T = TypeVar('T')
-
-# Where mean**2 exceeds this many variances, `E[x**2] - mean**2` loses digits and the moments are taken again, centred.
+# `E[x**2] - mean**2` loses digits where mean**2 exceeds this many variances. The moments are then taken again, centred.
 _CENTRE_ABOVE = 100.
 # A plane of fewer elements takes longer to begin with than to sum.
 _SMALL = 128
-# Elements whose squares are summed in float32; such sums are added up in double.
+# Elements whose squares are summed in float32. Such sums are added up in double.
 _ROW = 2**10
+# Above this many samples, a row holds several.
+_MANY_SAMPLES = 2**12
+
+
+@dataclass(frozen=True)
+class Evidence:
+    "What moments rest on."
+    samples: int = 1  # Samples in the mini-batch: the size of dimension 0
+    top: float = 0.  # Share of the activation's squares that one sample holds, the largest
+    norm: float = 1.  # Smallest share of spread in the input of a norm layer before it (see `conditions.NormWatch`)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and population variance of an activation, by channel or of the whole, in float64 on the host.
-
-    In numpy, whose operations on a few numbers cost a fifth of torch's, and on one number a tenth of that: a pass through a
-    deep network makes thousands."""
-    count: int        # Elements per channel, or in the whole
+    "Mean and population variance of an activation, by channel or of the whole, in float64 on the host."
+    count: int  # Elements per channel, or in the whole
     mean: np.ndarray  # (C,): mean of each channel; or a number: of the whole
-    var: np.ndarray   # (C,): variance within each channel; or a number: its mean over channels, or the variance of the whole
+    var: np.ndarray  # (C,): variance within each channel; or a number: its mean over channels, or that of the whole
+    evidence: Evidence = field(default=Evidence())
 
     def stats(self, per_channel: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        "Mean and std, unbiased as `Tensor.std` is: of each channel (C,), or of the whole, two numbers, by the law of total variance."
+        """Mean and std, unbiased as `Tensor.std` is.
+
+        Those of each channel (C,), or of the whole: two numbers, by the law of total variance."""
         return self._of_channels if per_channel else self._of_whole
 
     @cached_property
-    def _of_channels(self) -> tuple[np.ndarray, np.ndarray]: return self.mean, np.sqrt(self.var*unbias(self.count))
+    def _of_channels(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean, np.sqrt(self.var*unbias(self.count))
 
     @cached_property
     def _of_whole(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self.mean.ndim: return self.mean, np.sqrt(self.var*unbias(self.count))
+        if not self.mean.ndim: return self._of_channels
         c = len(self.mean)
         with np.errstate(all='ignore'):
             mean = self.mean.sum()/c
@@ -49,16 +63,16 @@ class Moments:
             return mean, np.sqrt((self.var.sum()/self.var.size + d @ d/c)*unbias(self.count*c))
 
     def finite(self) -> bool:
-        "False if the activation held a NaN or an infinity, or its squares overflowed."
+        "False if the activation holds a NaN or an infinity, or its squares overflow."
         return bool(np.isfinite(self.mean).all() and np.isfinite(self.var).all())
 
     def affine(self, scale: np.ndarray | float = 1., shift: np.ndarray | float = 0.) -> Moments:
         "Moments of `scale*x + shift`, each a number or one number per channel."
-        return Moments(self.count, self.mean*scale + shift, self.var*scale**2)
+        return replace(self, mean=self.mean*scale + shift, var=self.var*scale**2)
 
 
 def unbias(n: int) -> float:
-    "What turns the population variance of `n` elements into the unbiased one; NaN for a single element."
+    "The factor from the population variance of `n` elements to the unbiased one; NaN for a single element."
     return n/(n - 1) if n > 1 else float('nan')
 
 
@@ -78,53 +92,86 @@ def flat(x: Tensor) -> Tensor:
 
 def _measurable(x: Tensor) -> Tensor:
     "`x` without its subclass and its graph. Raises `TypeError` if it is complex, `ValueError` if it is empty."
-    if x.is_complex(): raise TypeError(f"LSUV normalizes real activations; got a {x.dtype} activation of shape {tuple(x.shape)}")
-    if x.numel() == 0: raise ValueError(f"batches: an activation of shape {tuple(x.shape)} is empty; pass mini-batches with samples in them")
+    shape = tuple(x.shape)
+    if x.is_complex(): raise TypeError(f"LSUV normalizes real activations; got a {x.dtype} activation of shape {shape}")
+    if x.numel() == 0:
+        raise ValueError(f"batches: an activation of shape {shape} is empty; pass mini-batches with samples in them")
     return x.detach().as_subclass(Tensor)
 
 
-def _norms(f: Tensor, acc: torch.dtype) -> Tensor:
-    "Roots of the sums of squares of pieces of `f` (n,)."
-    whole = f.numel()//_ROW*_ROW
-    q = torch.linalg.vector_norm(f[:whole].view(-1, _ROW), dim=1, dtype=acc)
-    return torch.cat([q, torch.linalg.vector_norm(f[whole:], dtype=acc)[None]]) if whole < f.numel() else q
+def _row(x: Tensor) -> int:
+    "Length of the rows of memory whose squares are summed: no row holds parts of two samples, where that can be had."
+    n = x.numel()
+    size = n//len(x) if x.dim() and x.stride(0) == max(x.stride()) else n
+    if size <= _ROW:
+        several = max(1, 2*_SMALL//size) if n//size > _MANY_SAMPLES else 1
+        return size*several if n > size or n <= _ROW else _ROW
+    parts = range(-(-size//_ROW), 16*-(-size//_ROW))
+    return next((size//p for p in parts if size % p == 0), _ROW)
+
+
+def _norms(f: Tensor, row: int, acc: torch.dtype) -> Tensor:
+    "Roots of the sums of squares of rows of `f` (n,)."
+    whole = f.numel()//row*row
+    q = torch.linalg.vector_norm(f[:whole].view(-1, row), dim=1, dtype=acc)
+    if whole == f.numel(): return q
+    return torch.cat([q, torch.linalg.vector_norm(f[whole:], dtype=acc)[None]])
+
+
+def _evidence(x: Tensor, squares: np.ndarray, row: int) -> Evidence:
+    "What the moments of `x` rest on, from the sums of squares of its rows in the order of memory."
+    n = len(x) if x.dim() else 1
+    if n == 1 or x.stride(0) != max(x.stride()): return Evidence(n)
+    size = x.numel()//n
+    if row < size:  # several rows a sample
+        squares = np.bincount(np.arange(len(squares))*row//size, weights=squares, minlength=n)
+    total = squares.sum()
+    return Evidence(n, float(squares.max()/total) if total > 0 else 0.)
 
 
 def whole_moments(
     x: Tensor  # Activation, of any floating dtype, device and memory format
 ) -> Moments:
-    """Moments of all elements of `x` together, with one transfer to the host: as accurate as `channel_moments`, and cheaper.
+    """Moments of all elements of `x` together, with one transfer to the host.
 
-    Raises `TypeError` if `x` is complex, `ValueError` if it is empty."""
-    f,n = flat(_measurable(x)),x.numel()
+    They are as accurate as those of `channel_moments`, and cheaper. Raises `TypeError` if `x` is complex, `ValueError` if
+    it is empty."""
+    x = _measurable(x)
+    f,n,row = flat(x),x.numel(),_row(x)
     acc = torch.float64 if f.dtype == torch.float64 else torch.float32
 
     def take(f):
-        sums = torch.cat([f.sum(dtype=acc)[None], _norms(f, acc)]).cpu().numpy().astype(np.float64)
-        mean,q = sums[0]/n, sums[1:]
-        return mean, q @ q/n - mean*mean
+        sums = torch.cat([f.sum(dtype=acc)[None], _norms(f, row, acc)]).cpu().numpy().astype(np.float64)
+        mean,squares = sums[0]/n,np.square(sums[1:])
+        return mean, squares.sum()/n - mean*mean, squares
 
     with np.errstate(all='ignore'):
-        mean,var = take(f)
+        mean,var,squares = take(f)
         if mean*mean > _CENTRE_ABOVE*var:
             centre = torch.tensor(mean, dtype=acc).item()
-            rest,var = take(f.to(acc) - centre)
+            rest,var,squares = take(f.to(acc) - centre)
             mean = centre + rest
-        return Moments(n, mean, np.maximum(var, 0.))
+        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row))
 
 
-def _sums(x: Tensor, dim: int, by_channel: bool) -> tuple[Tensor, Tensor]:
-    "Float32 (or float64) sums that add up to those of each channel (..., C), and roots of such sums of squares: (..., C), or of pieces of everything (n,)."
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    c,others,inner = x.shape[dim],[d for d in range(x.dim()) if d != dim],list(range(dim+1, x.dim()))
-    planes = bool(inner) and x.stride(dim) != 1  # Each channel is a contiguous plane, or else channels lie side by side
-    if planes and x.is_contiguous() and dim and x.stride(dim) < _SMALL:  # over the samples first, in long rows: many small planes take ten times as long
-        s = x.view(-1, c*x.stride(dim)).sum(0, dtype=acc).view(c, -1).sum(1, dtype=acc)
-    elif planes: s = x.sum(inner, dtype=acc)
-    else: s = x.sum(others, dtype=acc) if others else x.to(acc)
-    if not by_channel: return s, _norms(flat(x), acc)
-    if planes: return s, torch.linalg.vector_norm(x, dim=inner, dtype=acc)
-    return s, (x.to(acc).square().sum(others) if others else x.to(acc).square()).sqrt()  # norms down columns take ten times as long
+def _channel_sums(x: Tensor, dim: int, acc: torch.dtype) -> Tensor:
+    "Sums that add up to those of each channel (..., C), in the order that memory makes cheapest."
+    c,stride = x.shape[dim],x.stride(dim)
+    if dim == x.dim() - 1 or stride == 1:  # channels lie side by side
+        others = [d for d in range(x.dim()) if d != dim]
+        return x.sum(others, dtype=acc) if others else x.to(acc)
+    if x.is_contiguous() and dim and stride < _SMALL:  # over the samples first: many small planes take ten times as long
+        return x.view(-1, c*stride).sum(0, dtype=acc).view(c, -1).sum(1, dtype=acc)
+    return x.sum(list(range(dim + 1, x.dim())), dtype=acc)
+
+
+def _channel_norms(x: Tensor, dim: int, acc: torch.dtype) -> Tensor:
+    "Roots of sums of squares that add up to those of each channel (..., C)."
+    if dim < x.dim() - 1 and x.stride(dim) != 1:
+        return torch.linalg.vector_norm(x, dim=list(range(dim + 1, x.dim())), dtype=acc)
+    others = [d for d in range(x.dim()) if d != dim]
+    squares = x.to(acc).square()  # norms down columns take ten times as long
+    return (squares.sum(others) if others else squares).sqrt()
 
 
 def channel_moments(
@@ -138,28 +185,30 @@ def channel_moments(
     it is empty."""
     x = _measurable(x)
     if x.dim() == 0: x = x[None]
-    dim = dim % x.dim()
+    dim,row = dim % x.dim(),_row(x)
     c = x.shape[dim]
     n = x.numel()//c
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def take(x):
-        s,q = _sums(x, dim, by_channel)
-        # The few that are left are added up in double, on the host.
-        sums = torch.cat([s.flatten(), q.flatten()]).cpu().numpy().astype(np.float64)
-        s,q = sums[:s.numel()].reshape(-1, c).sum(0), sums[s.numel():]
-        mean,square = s/n, (q*q).reshape(-1, c).sum(0)/n if by_channel else q @ q/(n*c)
+        parts = [_channel_sums(x, dim, acc), _norms(flat(x), row, acc)]
+        if by_channel: parts.append(_channel_norms(x, dim, acc))
+        sums = torch.cat([p.flatten() for p in parts]).cpu().numpy().astype(np.float64)
+        s,q,*of_channel = np.split(sums, np.cumsum([p.numel() for p in parts])[:-1])
+        mean,squares = s.reshape(-1, c).sum(0)/n,q*q
+        square = np.square(of_channel[0]).reshape(-1, c).sum(0)/n if by_channel else squares.sum()/(n*c)
         squared = mean*mean if by_channel else mean @ mean/c
-        return mean, square - squared, squared
+        return mean, square - squared, squared, squares
 
     with np.errstate(all='ignore'):
-        mean,var,squared = take(x)
+        mean,var,squared,squares = take(x)
         if (squared > _CENTRE_ABOVE*var).any():
-            acc = torch.promote_types(x.dtype, torch.float32)
-            shape = [1]*x.dim(); shape[dim] = c
+            shape = [1]*x.dim()
+            shape[dim] = c
             centre = torch.from_numpy(mean).to(acc)
-            rest,var,_ = take(x.to(acc) - centre.to(x.device).reshape(shape))
+            rest,var,_,squares = take(x.to(acc) - centre.to(x.device).reshape(shape))
             mean = centre.double().numpy() + rest
-        return Moments(n, mean, np.maximum(var, 0.))
+        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row))
 
 
 def pool(
@@ -169,54 +218,14 @@ def pool(
     if len(moments) == 1: return moments[0]
     n = sum(m.count for m in moments)
     mean = sum(m.mean*(m.count/n) for m in moments)
+
     def between(m):  # variance that the distance of this part's means from the common ones adds
         d = (m.mean - mean)**2
         return d if m.var.ndim == d.ndim else d.mean()
-    return Moments(n, mean, sum((m.var + between(m))*(m.count/n) for m in moments))
 
-
-def all_ranks(m: Moments) -> Moments:
-    "Moments pooled over the ranks of `torch.distributed`, bit for bit the same on each; `m` itself where there is one process."
-    if not several_ranks(): return m
-    mine = torch.from_numpy(np.hstack([m.count, m.mean, m.var])).to(_device())
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
-    parts = [np.split(p.cpu().numpy(), [1, 1 + m.mean.size]) for p in parts]
-    return pool([Moments(int(n[0]), mean.reshape(m.mean.shape), var.reshape(m.var.shape)) for n, mean, var in parts])
-
-
-def any_rank(yes: bool) -> bool:
-    "Whether it is so on any rank of `torch.distributed`."
-    if not several_ranks(): return yes
-    dist.all_reduce(n := torch.tensor(float(yes), device=_device()), op=dist.ReduceOp.MAX)
-    return bool(n)
-
-
-def in_step(f: Callable[[], T]) -> T:
-    "What `f()` gives. If it raises on one rank of `torch.distributed` it does so on all, that none waits for it for ever."
-    error = None
-    try: out = f()
-    except BaseException as e: error = e
-    failed = any_rank(error is not None)
-    if error is not None: raise error
-    if failed: raise RuntimeError("LSUV stopped: another rank failed, see what it says")
-    return out
-
-
-@torch.no_grad()
-def from_rank_0(tensors: Iterable[Tensor]) -> None:
-    "Give tensors the contents that they have on rank 0 of `torch.distributed`."
-    if not several_ranks(): return
-    for t in tensors:
-        dist.broadcast(sent := t.data.contiguous(), 0)  # of memory in another order, channels-last say, a copy
-        if sent.data_ptr() != t.data_ptr(): t.data.copy_(sent)
-
-
-def several_ranks() -> bool:
-    "Whether there is more than one process to agree with."
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _device() -> str:
-    "Where the tensors have to be that ranks exchange."
-    return 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    var = sum((m.var + between(m))*(m.count/n) for m in moments)
+    squares = [m.count*float(np.mean(m.var + between(m))) for m in moments]
+    total = sum(squares)
+    top = max(m.evidence.top*q for m, q in zip(moments, squares))/total if total > 0 else 0.
+    evidence = Evidence(sum(m.evidence.samples for m in moments), top, min(m.evidence.norm for m in moments))
+    return Moments(n, mean, var, evidence)

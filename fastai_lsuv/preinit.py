@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from .moments import from_rank_0
+from .ranks import from_rank_0
 from .units import Unit
 
 __all__ = ['preinitialize', 'orthogonal_']
@@ -66,16 +66,18 @@ def _orthonormal(
     return q if tall is drawn else q.T
 
 
+@torch.no_grad()
 def preinitialize(
     unit: Unit,
     preinit: str | Callable[[nn.Module], object]  # "orthogonal", or a function of the layer that holds the weight
 ) -> None:
     "Give `unit` its starting weights, the same on every rank of `torch.distributed`."
     layer,was = unit.layer,dict(unit.layer._parameters)
-    with torch.no_grad():
-        (orthogonal_ if preinit == 'orthogonal' else preinit)(layer)
-        for n, p in was.items():  # an optimizer may hold the parameters: they get the values of any put in their place
-            if p is not None and (new := layer._parameters[n]) is not p:
-                p.data.copy_(new)
-                layer._parameters[n] = p
+    kept = unit.anothers_bias.copy() if unit.anothers_bias is not None else None
+    (orthogonal_ if preinit == 'orthogonal' else preinit)(layer)
+    for n, p in was.items():  # an optimizer may hold the parameters: they get the values of any put in their place
+        if p is not None and (new := layer._parameters[n]) is not p:
+            p.data.copy_(new)
+            layer._parameters[n] = p
+    if kept is not None: unit.anothers_bias.assign(kept)
     from_rank_0(layer.parameters())

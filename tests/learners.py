@@ -92,7 +92,7 @@ def notes(learn):
 
 def units_and_notes(learn):
     "What LSUV may change: the weights and biases of the units, and its own notes."
-    return [*(p for u in find_units(learn.model, learn.lsuv.options['modules']) for k in u.knobs if (p := k.tensor) is not None), *notes(learn)]
+    return [*(p for u in find_units(learn.model, learn.lsuv.options['modules']) for k in u.refs if (p := k.tensor) is not None), *notes(learn)]
 
 
 def disturbed(make):

@@ -15,7 +15,6 @@ from fastai_lsuv import LSUVCallback, lsuv_init
 from fastai_lsuv.units import find_units
 
 AS_IT_WAS = 'LSUV left the model as it is: '
-UNLOGGED = "it was initialized before an earlier fit that logged nothing (LSUV 'std mean': 3 of 3 layers at the target std, 2 forward passes)"
 
 
 def after_lsuv(learn, fit=None):
@@ -41,7 +40,7 @@ def initialized(learn, fit=None, kept=()):
     w,names = weights(learn.model),[n for n, _ in learn.model.named_parameters()]
     now = after_lsuv(learn, fit)
     assert len(said(learn)) == 1 and ' at the target std' in said(learn)[0], learn.lines
-    units = {id(k.value) for u in find_units(learn.model) for k in u.scales}
+    units = {id(k.value) for u in find_units(learn.model) for k in u.weights}
     for n, p, a, b in zip(names, learn.model.parameters(), w, now):
         if id(p) in units: assert torch.equal(a, b) == (id(p) in ids), n
         elif p.dim() > 1: assert torch.equal(a, b), n
@@ -86,10 +85,15 @@ def test_a_callback_for_each_fit():
     initialized(learn, lambda cb: learn.fit(1, cbs=[LSUVCallback(every_fit=True), cb]))
 
 
-def test_two_at_once():
-    learn = learner(cbs=[LSUVCallback(), LSUVCallback()])
+def test_a_second_callback_is_refused_and_the_first_stays():
+    with pytest.raises(ValueError, match='cbs: got a second LSUVCallback'): learner(cbs=[LSUVCallback(), LSUVCallback()])
+    learn = learner(cbs=LSUVCallback(order='std'))
+    first = learn.lsuv
+    with pytest.raises(ValueError, match=r"the Learner has LSUVCallback\(order='std'\) already.*learn.remove_cb"):
+        learn.add_cb(LSUVCallback())
+    assert learn.lsuv is first and [cb for cb in learn.cbs if isinstance(cb, LSUVCallback)] == [first]
     learn.fit(1)
-    assert len(said(learn)) == 2 and said(learn)[1].startswith(AS_IT_WAS)
+    assert learn.lsuv.report.ok and len(said(learn)) == 1
 
 
 @pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=0.9), Adam, partial(OptimWrapper, opt=torch.optim.SGD), partial(OptimWrapper, opt=torch.optim.AdamW)],
@@ -232,7 +236,10 @@ def test_lr_find_leaves_the_lsuv_network(here, opt_func):
     set_seed(5)
     learn.lr_find(num_it=8, show_plot=False)
     assert learn.lsuv.report.ok and same(weights(learn.model), expected()) and said(learn) == []
-    left(learn, UNLOGGED)
+    learn.lines.clear()
+    w = weights(learn.model)
+    assert same(after_lsuv(learn), w)
+    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit, which had no log (`lr_find`, say).']
     left(learn, 'it was initialized before an earlier fit')
 
 
@@ -297,7 +304,7 @@ def test_vision_learner_pretrained(hub, monkeypatch):
 def test_vision_factories(factory, pretrained):
     def make(**kwargs):
         set_seed(0)
-        return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs), loss_func=lambda p, y: p.float().mean(), **(dict(lin_ftrs=[16]) if factory is vision_learner else {})))
+        return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs), loss_func=lambda p, y: (1 - p.float()).square().mean(), **(dict(lin_ftrs=[16]) if factory is vision_learner else {})))
     for unfrozen in False, True:
         learn = make()
         if unfrozen: learn.unfreeze()

@@ -9,7 +9,8 @@ import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_lsuv.moments import all_ranks, channel_moments, first_tensor, pool, whole_moments
+from fastai_lsuv.moments import channel_moments, first_tensor, pool, whole_moments
+from fastai_lsuv.ranks import pool_ranks
 
 
 def by_numpy(x, dim):
@@ -172,13 +173,13 @@ def test_first_tensor():
 
 def test_one_process_pools_nothing():
     m = channel_moments(torch.randn(4, 3))
-    assert all_ranks(m) is m
+    assert pool_ranks(m) is m
 
 
 def _rank(rank, port, results):
     dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
     x = torch.arange(60.).view(10, 3, 2)
-    pooled = [all_ranks(f(x[:4] if rank == 0 else x[4:])) for f in (channel_moments, whole_moments)]
+    pooled = [pool_ranks(f(x[:4] if rank == 0 else x[4:])) for f in (channel_moments, whole_moments)]
     results.put((rank, *((m.count, m.mean.tolist(), m.var.tolist()) for m in pooled)))
     dist.destroy_process_group()
 

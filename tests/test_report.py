@@ -66,12 +66,12 @@ def test_table_of_a_few_rows():
                     row(4, 'non-finite', mean=nan, std=float('inf')), row(5, mean=12345.678, std=1)], order='std mean', n_passes=2)
     lines = str(r).splitlines()
     assert lines[0] == "LSUV 'std mean': 2 of 6 layers at the target std (1 off, 1 constant, 1 not called, 1 non-finite), 2 forward passes"
-    assert lines[2].split() == ['layer', 'kind', 'output', 'mean', 'std', 'passes', 'status']
-    assert lines[4].split() == ['blocks.0.conv', 'Conv2d', '32x64x8x8', '0.0000', '1.0000', '1', 'ok']
-    assert lines[5].split() == ['blocks.1.conv', 'Conv2d', '32x64x8x8', '-0.5000', '3.2e-06', '1', 'off']
-    assert lines[6].split() == ['blocks.2.conv', 'Linear', '8x4', '0.0000', '0.0000', '0', 'constant']
-    assert lines[7].split() == ['blocks.3.conv', 'Conv2d', '0', 'not', 'called']
-    assert lines[8].split() == ['blocks.4.conv', 'Conv2d', '32x64x8x8', 'nan', 'inf', '0', 'non-finite']
+    assert lines[2].split() == ['layer', 'kind', 'output', 'mean', 'std', 'gain', 'passes', 'status']
+    assert lines[4].split() == ['blocks.0.conv', 'Conv2d', '32x64x8x8', '0.0000', '1.0000', '1', '1', 'ok']
+    assert lines[5].split() == ['blocks.1.conv', 'Conv2d', '32x64x8x8', '-0.5000', '3.2e-06', '1', '1', 'off']
+    assert lines[6].split() == ['blocks.2.conv', 'Linear', '8x4', '0.0000', '0.0000', '1', '0', 'constant']
+    assert lines[7].split() == ['blocks.3.conv', 'Conv2d', '1', '0', 'not', 'called']
+    assert lines[8].split() == ['blocks.4.conv', 'Conv2d', '32x64x8x8', 'nan', 'inf', '1', '0', 'non-finite']
     assert '1.23e+04' in lines[9] and len(lines) == 10 and repr(r) == str(r)
     assert len({l.index('Conv2d') for l in lines if 'Conv2d' in l}) == 1  # columns line up
 
@@ -85,7 +85,7 @@ def test_ten_rows_are_all_shown():
 def test_long_tables_are_folded(statuses):
     r = LSUVReport([row(k, s, std=1 + k/1e4) for k, s in enumerate(statuses)], order='std mean', n_passes=2)
     lines = str(r).splitlines()[4:]
-    assert len(lines) <= 46 and max(map(len, lines)) <= 110
+    assert len(lines) <= 46 and max(map(len, lines)) <= 118
     assert 'blocks.0.conv' in lines[0] and f'blocks.{len(statuses) - 1}.conv' in lines[-1]
     folds = [l for l in lines if l.startswith('...')]
     hidden = sum(int(l.split()[1]) for l in folds)
@@ -111,9 +111,9 @@ def test_html_is_escaped_and_folded():
 
 def test_df():
     r = report('ok', 'frozen')
-    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'passes', 'status'] and len(r.df()) == 2 and r.df()['status'].tolist() == ['ok', 'frozen']
+    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'passes', 'status', 'gain'] and len(r.df()) == 2 and r.df()['status'].tolist() == ['ok', 'frozen']
     r = report('ok', before=(0.5, 2.))
-    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'mean_before', 'std_before', 'passes', 'status'] and r.df()['std_before'][0] == 2
+    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'mean_before', 'std_before', 'passes', 'status', 'gain'] and r.df()['std_before'][0] == 2
     assert list(LSUVReport([]).df().columns)[:2] == ['name', 'kind']
 
 

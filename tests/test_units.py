@@ -358,7 +358,7 @@ def test_in_place_activations_do_not_reach_the_statistics():
 def test_fed_zeros_and_zero_initialized_layers_stay_as_they_are():
     model, batch = NETWORKS['hand/fed_zeros']()
     rows = init(model, batch)
-    assert statuses(rows) == {'stem': 'ok', 'after': 'constant', 'head': 'ok'} and rows['after'].passes == 0
+    assert statuses(rows) == {'stem': 'ok', 'after': 'constant', 'head': 'ok'} and rows['after'].gain == 1
     model, batch = NETWORKS['hand/zero_initialized']()
     assert init(model, batch)['2'].status == 'constant' and not model[2].weight.any() and not model[2].bias.any()
 

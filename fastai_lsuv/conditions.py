@@ -1,0 +1,179 @@
+"""The conditions under which a model is measured: it trains, batch statistics and all, but nothing is dropped at random.
+
+`measuring` puts a model there and back. Dropout modules are switched off by their attributes. A `TorchFunctionMode` sees
+every function that the model calls: it switches off functional dropout, and shows norm layers to a `NormWatch`, which
+notices a mini-batch whose samples are alike."""
+from __future__ import annotations
+
+import inspect
+import re
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from .evidence import ALIKE_SHARE, ALIKE_SPREAD
+from .moments import flat
+from .weights import is_layer
+
+__all__ = ['measuring', 'NormWatch']
+
+# Classes of stochastic modules that are no `_DropoutNd`: DropPath, StochasticDepth, WeightDropout, DropBlock2d, ...
+_STOCHASTIC = re.compile(r'Drop(?![a-z])|Drop(out|path|block)|Stochastic')
+# Differences of so many roundings are rounding noise.
+_ROUNDINGS = 4
+
+
+# ---- Norm layers
+
+class NormWatch:
+    """Notices a norm layer that sees samples which are alike.
+
+    Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than its eps, and the scale of
+    everything behind it rests on that. `spread` is the smallest share of the output's variance that comes from the input
+    and not from eps, over the norm layers that have run; 1 while their samples differ."""
+    def __init__(self): self.spread = 1.
+
+    def reset(self) -> None: self.spread = 1.
+
+    def see(self,
+        mean: Tensor,  # Of each group that the layer normalizes
+        var: Tensor,  # Population variance of each group
+        eps: float,  # The layer's
+        dtype: torch.dtype  # Of its input
+    ) -> None:
+        mean,var = torch.stack([mean.flatten(), var.flatten()]).cpu().double().numpy()
+        square = mean**2
+        live = (square > 0) | (var > 0)  # a group of zeros was fed zeros
+        if not live.any(): return
+        mean,var,square = mean[live],var[live],square[live]
+        real = np.where(var > (_ROUNDINGS*torch.finfo(dtype).eps)**2*square, var, 0.)
+        spread = float(np.mean(real/np.maximum(var + eps, np.finfo(float).tiny)))
+        if spread < ALIKE_SPREAD and real.sum() < ALIKE_SHARE*(real + square).sum(): self.spread = min(self.spread, spread)
+
+
+def _batch_norm(watch: NormWatch, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
+                eps=1e-5) -> Tensor:
+    "`F.batch_norm`, which tells its batch statistics through running ones of momentum 1."
+    if not training or not isinstance(input, Tensor) or input.dim() < 2:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    like = running_mean if running_mean is not None else input if weight is None else weight
+    mean,var = like.new_zeros(input.shape[1]),like.new_ones(input.shape[1])
+    out = F.batch_norm(input, mean, var, weight, bias, True, 1., eps)
+    n = input.numel()//input.shape[1]
+    with torch.no_grad():
+        if running_mean is not None: running_mean.lerp_(mean, momentum)
+        if running_var is not None: running_var.lerp_(var, momentum)
+        watch.see(mean, var*((n - 1)/n), eps, input.dtype)
+    return out
+
+
+def _other_norm(function: Callable, groups: Callable[..., Tensor]) -> Callable:
+    "A norm over groups within a sample. Its output tells whether its eps matters; only then are the groups looked at."
+    def handle(watch: NormWatch, *args, **kwargs) -> Tensor:
+        out = function(*args, **kwargs)
+        given = _bound(function, args, kwargs)
+        x,weight,eps = given['input'],given.get('weight'),given.get('eps', 1e-5)
+        if not isinstance(out, Tensor) or out.is_nested or out.numel() == 0: return out
+        with torch.no_grad():
+            f = flat(out.detach())
+            square = torch.linalg.vector_norm(f, dtype=torch.promote_types(f.dtype, torch.float32)).item()**2/len(f)
+            if square < ALIKE_SPREAD*(1. if weight is None else weight.detach().float().square().mean().item()):
+                var,mean = torch.var_mean(groups(given).float(), dim=-1, correction=0)
+                watch.see(mean, var, eps, x.dtype)
+        return out
+    return handle
+
+
+def _layer_groups(given: dict) -> Tensor: return given['input'].flatten(-len(given['normalized_shape']))
+
+
+def _group_groups(given: dict) -> Tensor: return given['input'].reshape(len(given['input']), given['num_groups'], -1)
+
+
+def _instance_groups(given: dict) -> Tensor: return given['input'].flatten(2)
+
+
+# ---- Dropout
+
+@lru_cache
+def _signature(function: Callable) -> inspect.Signature: return inspect.signature(function)
+
+
+def _bound(function: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    "The arguments of a call by name, defaults included."
+    bound = _signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def _not_training(function: Callable) -> Callable:
+    "`function`, a Python function of `torch.nn.functional`, called with `training=False`."
+    def handle(watch: NormWatch, *args, **kwargs):
+        bound = _signature(function).bind(*args, **kwargs)
+        bound.arguments['training'] = False
+        return function(*bound.args, **bound.kwargs)
+    return handle
+
+
+def _without(function: Callable, name: str, position: int, value: Any) -> Callable:
+    "`function`, a builtin, called with `value` as its argument `name` (at `position`)."
+    def handle(watch: NormWatch, *args, **kwargs):
+        if len(args) > position: return function(*args[:position], value, *args[position + 1:], **kwargs)
+        return function(*args, **{**kwargs, name: value})
+    return handle
+
+
+_DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+            F.multi_head_attention_forward)
+_HANDLERS: dict[Callable, Callable] = {
+    **{f: _not_training(f) for f in _DROPOUT},
+    **{f: _without(f, 'train', 2, False) for f in (torch.dropout, torch.dropout_, torch.feature_dropout, torch.native_dropout)},
+    F.scaled_dot_product_attention: _without(F.scaled_dot_product_attention, 'dropout_p', 4, 0.),
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _other_norm(F.layer_norm, _layer_groups),
+    F.group_norm: _other_norm(F.group_norm, _group_groups),
+    F.instance_norm: _other_norm(F.instance_norm, _instance_groups),
+}
+
+
+class _Functions(TorchFunctionMode):
+    "Hands the functions of `_HANDLERS` to their handlers. The mode is off while a handler runs."
+    def __init__(self, watch: NormWatch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        handle = _HANDLERS.get(func)
+        if handle is None: return func(*args, **kwargs) if kwargs else func(*args)
+        return handle(self.watch, *args, **(kwargs or {}))
+
+
+@contextmanager
+def measuring(
+    model: nn.Module,
+    watch: NormWatch  # Told of the norm layers that run
+) -> Iterator[None]:
+    "Train mode without dropout. `preserved` keeps the modes and attributes that are set here."
+    was = [(m, k, v) for m in model.modules() for k, v in _switches(m)]
+    try:
+        model.train()
+        for m, k, _ in was: setattr(m, k, False if k == 'training' else 0.)
+        with _Functions(watch): yield
+    finally:
+        for m, k, v in was: setattr(m, k, v)
+
+
+def _switches(m: nn.Module) -> list[tuple[str, Any]]:
+    "The attributes of `m` that switch its randomness off, and their values."
+    if isinstance(m, _DropoutNd): return [('p', m.p)]  # a parent may read `p` and not call the module
+    if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)): return [('dropout', m.dropout)]
+    # A container's mode decides what it calls in training, such as an auxiliary head.
+    holds_layers = any(is_layer(c) for c in m.modules() if c is not m)
+    return [('training', m.training)] if _STOCHASTIC.search(type(m).__name__) and not holds_layers else []

@@ -1,0 +1,161 @@
+"""Mini-batches for the model: `Feed` takes whatever `batches` is, and gives the model's inputs, on its device.
+
+A fresh mini-batch a pass, for as long as there are any; then the last one again. `gather` joins further ones to the last,
+where its samples are alike. Lazy modules get their weights from the first."""
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from numbers import Integral
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .passes import arguments, call
+from .ranks import any_rank, in_step
+from .state import Snapshot, memory
+
+__all__ = ['Feed', 'join']
+
+_INPUTS = "a tensor, or a tuple or dict of the model's inputs"
+
+
+class Feed:
+    "The model's inputs, a mini-batch at a time: `batch` is the present one."
+    def __init__(self,
+        model: nn.Module,
+        batches: Any,  # As in `lsuv_init`
+        n_inp: int | None,  # As in `lsuv_init`
+        get_input: Callable[[Any], Any] | None  # As in `lsuv_init`
+    ):
+        if n_inp is not None and (isinstance(n_inp, bool) or not isinstance(n_inp, Integral) or n_inp < 1):
+            raise ValueError(f"n_inp: got {n_inp!r}; it takes a positive whole number, or None")
+        if get_input is not None and not callable(get_input):
+            raise TypeError(f"get_input: got {get_input!r}; it takes a function of what `batches` holds")
+        if isinstance(batches, list) and batches and all(isinstance(b, Tensor) for b in batches):
+            if n_inp is not None: batches = tuple(batches)  # what a PyTorch DataLoader yields
+            elif get_input is None: _check_list(batches)
+        self.model,self.batches,self.n_inp,self.get_input = model,batches,n_inp,get_input
+        self.one = isinstance(batches, (Tensor, tuple, Mapping))
+        if not self.one and not isinstance(batches, Iterable):
+            hint = ", such as its `train`" if hasattr(type(batches), 'train_ds') else ''  # fastai's DataLoaders
+            raise TypeError(f"batches: got {type(batches).__name__}; it takes a mini-batch ({_INPUTS}) "
+                            f"or an iterable of mini-batches{hint}")
+        self.joined = 1  # Mini-batches that the present one is made of
+        self.count,self.stream = 0,iter((batches,) if self.one else batches)
+
+    def __enter__(self) -> Feed:
+        try: in_step(lambda: self._take(next(self.stream)))
+        except StopIteration:
+            what = type(self.batches).__name__
+            raise ValueError(f"batches: got {what} that yields nothing; it takes at least one mini-batch") from None
+        if any(is_lazy(p) for p in self.model.parameters()): self._materialize()
+        return self
+
+    def __exit__(self, *args) -> None: self.stream = None  # ends a DataLoader's workers
+
+    def next(self) -> bool:
+        "Move on to a fresh mini-batch, or stay with the last one. Returns whether there is a fresh one."
+        b = in_step(self._fresh)
+        if b is not None: in_step(lambda: self._take(b))
+        return any_rank(b is not None)
+
+    def gather(self) -> bool:
+        "Join fresh mini-batches to the present one, as many as it holds, or move on where shapes differ. False if there are none."
+        parts,any_fresh = [self.batch],False
+        for _ in range(self.joined):
+            any_fresh = self.next() or any_fresh
+            if self.batch is not parts[-1]: parts.append(self.batch)
+        if any_fresh and (joined := join(parts)) is not None:
+            self.batch,self.joined = joined,len(parts)
+        return any_fresh
+
+    def _fresh(self) -> Any:
+        "The next mini-batch. An iterable that can be iterated again is, when it ends."
+        b = next(self.stream, None)
+        if b is None and not self.one and (again := iter(self.batches)) is not self.batches:
+            self.stream = again
+            b = next(self.stream, None)
+        return b
+
+    def _take(self, b: Any) -> None:
+        self.count += 1
+        if self.get_input is not None: b = self.get_input(b)
+        elif not self.one or self.n_inp is not None: b = self._inputs(b)
+        if isinstance(b, list): b = tuple(b)
+        elif isinstance(b, Mapping): b = dict(b)
+        if not isinstance(b, (Tensor, tuple, Mapping)):
+            raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes {_INPUTS} (see `get_input`)")
+        device = next((p.device for p in self.model.parameters()), None)
+
+        def ready(o):
+            if not isinstance(o, Tensor): return o
+            if o.is_floating_point() and o.isnan().any():
+                where = f"in a {str(o.dtype)[6:]} tensor of shape {tuple(o.shape)}"
+                raise ValueError(f"batches: mini-batch {self.count} holds NaNs ({where}); it takes numbers")
+            return o.to(device) if device is not None else o
+
+        self.batch = tree_map(ready, b)
+        self._check_call(b)
+
+    def _check_call(self, b: Any) -> None:
+        "Raise `TypeError` if the model does not take as many inputs as a mini-batch holds."
+        args,kwargs = arguments(b)
+        # These may make other inputs of them.
+        if type(self.model).__call__ is not nn.Module.__call__ or self.model._forward_pre_hooks: return
+        try: takes = inspect.signature(self.model.forward, follow_wrapped=False)
+        except (TypeError, ValueError): return  # compiled code may not tell
+        try: takes.bind(*args, **kwargs)
+        except TypeError as e:
+            held = f"the inputs {', '.join(map(repr, b))}" if kwargs else f"{len(args)} input{'s'*(len(args) != 1)}"
+            raise TypeError(f"batches: mini-batch {self.count} holds {held}, but {type(self.model).__name__}.forward takes "
+                            f"{takes} ({e}); pass `n_inp`, how many come first that are inputs and no targets, or "
+                            "`get_input`") from None
+
+    def _inputs(self, b: Any) -> Any:
+        "The model's inputs among what an iterable yields."
+        if not isinstance(b, (tuple, list)): return b
+        n = self.n_inp
+        if n is None and (hasattr(self.batches, 'dataset') or hasattr(self.batches, 'n_inp')):  # a DataLoader
+            n = getattr(self.batches, 'n_inp', None) or max(len(b) - 1, 1)  # fastai's rule: the last is the target
+        return tuple(b[:n])
+
+    @torch.no_grad()
+    def _materialize(self) -> None:
+        "Run lazy modules once, in eval mode, so that their weights exist. All else stays as it was."
+        modes = [(m, m.training) for m in self.model.modules()]
+        params = {memory(p) for p in self.model.parameters() if not is_lazy(p)} - {0}
+        others = Snapshot([m for m in self.model.modules() if not isinstance(m, LazyModuleMixin)], but=params)
+        try: call(self.model.eval(), self.batch)
+        finally:
+            others.restore()
+            for m, mode in modes: m.training = mode
+
+
+def _check_list(tensors: list[Tensor]) -> None:
+    "A list of tensors means several mini-batches. Raise, or warn, where it looks like one mini-batch with its target."
+    say = ("pass `n_inp`, how many come first that are inputs, for one mini-batch with its target; a tuple for one mini-batch "
+           "of several inputs")
+    if len({(t.dtype, t.dim()) for t in tensors}) > 1:
+        held = ', '.join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors[:4])
+        raise ValueError(f"batches: got a list of tensors of several kinds ({held}); it takes a list of mini-batches, all "
+                         f"alike; {say}")
+    if len(tensors) == 2:
+        warnings.warn(f"batches: LSUV takes a list of 2 tensors as 2 mini-batches; {say}", stacklevel=5)
+
+
+def join(batches: list[Any]) -> Any:
+    "Mini-batches as one, sample after sample, or `None` if their shapes do not allow it."
+    if len(batches) == 1: return batches[0]
+    leaves,specs = zip(*map(tree_flatten, batches))
+    columns = list(zip(*leaves))
+
+    def joins(column): return all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == column[0].shape[1:] for t in column)
+
+    if any(s != specs[0] for s in specs) or not all(map(joins, columns)): return None
+    return tree_unflatten([torch.cat(column) for column in columns], specs[0])

@@ -1,0 +1,250 @@
+"""How a unit is corrected: three ways, with one interface, chosen when the units are found.
+
+`ClosedForm` is for a unit whose output is affine in its weight and bias. It runs the loops on moments, and mends the output
+in place. `RunAgain` is for every other unit. It runs the unit again on the input it was given, as the loops ask.
+`BetweenPasses` corrects a unit that is called several times in a forward pass, after a pass that ran it as it was.
+
+A pass gives the first two what a unit puts out (`observe`), and the last what a whole pass has seen (`after_pass`)."""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .evidence import varies
+from .loops import AffineMeter, Meter, run_loops
+from .moments import Moments, channel_moments, first_tensor, whole_moments
+from .ranks import pool_ranks
+from .units import Unit
+from .weights import WeightRef, is_layer
+
+__all__ = ['ClosedForm', 'RunAgain', 'BetweenPasses', 'choose_solver', 'measure']
+
+# A closed-form step costs nothing. A step of any other unit costs a run of the unit (the paper stops at 10 too).
+_MAX_STEPS,_MAX_RUNS = 100,10
+
+
+def measure(
+    u: Unit,
+    x: Tensor,  # Its output
+    by_channel: bool,  # Whether channels matter, or the whole is enough
+    norm: float = 1.  # What a norm layer before it has told: see `Evidence.norm`
+) -> Moments:
+    "Moments of an output, pooled over all ranks."
+    with torch._C.DisableTorchFunction():  # what happens in here is not the model's
+        m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
+    return pool_ranks(replace(m, evidence=replace(m.evidence, norm=norm)))
+
+
+def _loop(u: Unit, meter: Meter, max_steps: int) -> str:
+    "Run the loops of `u`; a target std below 1 asks for a smaller tolerance."
+    t = u.target
+    return run_loops(t.loops, meter, t.mean, t.std, t.tol*min(1., t.std), max_steps)
+
+
+def _mark(u: Unit) -> None:
+    "Note that the unit's weight or bias has changed."
+    u.changed = True
+    torch.clear_autocast_cache()  # it may hold the weight as it was, in half precision
+
+
+def _version(t: Tensor) -> Any:
+    "What changes when `t` is written to. Nobody counts in inference mode, where it may always have been."
+    return object() if t.is_inference() else t._version
+
+
+def _cloned(inputs: Any) -> Any:
+    "Nested `inputs` with each tensor copied."
+    return tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, inputs)
+
+
+class RunAgain:
+    "Runs the unit again on the input it was given, as often as the loops ask."
+    def __init__(self, unit: Unit):
+        self.unit,self.running,self.given = unit,False,None
+        # A container, or another's hook, may overwrite what the unit is given before the unit runs again.
+        self.copies = not is_layer(unit.module) or bool(unit.module._forward_pre_hooks)
+
+    needs_input,needs_output = True,False
+
+    def keep_input(self, args: tuple, kwargs: dict) -> None:
+        self.given = _cloned((args, kwargs)) if self.copies else (args, kwargs)
+
+    def clear(self) -> None: self.given = None
+
+    def run(self) -> Any:
+        "What the unit puts out for the input it was given."
+        args,kwargs = _cloned(self.given) if self.copies else self.given
+        self.running = True
+        try: return self.unit.module(*args, **kwargs)
+        finally: self.running = False
+
+    def observe(self, out: Any) -> Any:  # The output to go on with, or `None` for `out`
+        "Run the loops with each weight that may scale the output, until one responds."
+        u = self.unit
+        if not varies(u.seen.moments[-1]): return None
+        for weight in list(u.weights):
+            meter = RunAgainMeter(self, weight, out)
+            why = _loop(u, meter, _MAX_RUNS)
+            if why == 'immovable':  # the bias cannot move the mean (it sits before a ReLU, say), and stays as it was
+                meter.put_back()
+                meter.can_shift = False
+                why = _loop(u, meter, _MAX_RUNS)
+                u.immovable = u.immovable or not why
+            u.reason = why
+            if not why: return self._accept(meter)
+            meter.put_back()
+        return None
+
+    def _accept(self, meter: RunAgainMeter) -> Any:
+        u = self.unit
+        u.weights.sort(key=lambda w: w is not meter.weight)
+        if meter.moved:
+            u.scaled(meter.gain)
+            u.history.clear()
+            _mark(u)
+        u.seen.moments[-1] = meter.moments
+        return meter.out
+
+
+class RunAgainMeter:
+    "The loops' view of a unit that runs again for each measurement."
+    affine = False
+
+    def __init__(self, solver: RunAgain, weight: WeightRef, out: Any):
+        u = solver.unit
+        self.solver,self.unit,self.weight = solver,u,weight
+        self.can_shift,self.moved,self.stale,self.gain = u.bias is not None,False,False,np.float64(1)
+        self.first = self.moments,self.out = u.seen.moments[-1],out
+        self.was = [(r, r.copy()) for r in (weight, u.bias) if r is not None]
+
+    def stats(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.stale:
+            self.out = self.solver.run()
+            seen = self.unit.seen
+            self.moments = measure(self.unit, first_tensor(self.out), seen.by_channel, seen.moments[-1].evidence.norm)
+            self.stale = False
+        return self.moments.stats(self.unit.target.per_channel)
+
+    def shift(self, by: np.ndarray) -> None:
+        self.unit.bias.add(by)
+        self._touched()
+
+    def scale(self, by: np.ndarray) -> None:
+        self.weight.mul(by)
+        self.gain = self.gain*by
+        self._touched()
+
+    def _touched(self) -> None:
+        self.moved = self.stale = True
+        torch.clear_autocast_cache()
+
+    def put_back(self) -> None:
+        "Undo what was moved."
+        for ref, value in self.was: ref.assign(value)
+        self._touched()
+        self.moments,self.out = self.first
+        self.moved,self.stale,self.gain = False,False,np.float64(1)
+
+
+class ClosedForm:
+    """Runs the loops on the moments of the unit's output, and mends the output in place.
+
+    Another's forward hook may change the output, which is then no longer affine in the weight: the unit runs again."""
+    def __init__(self, unit: Unit):
+        self.unit,self.raw = unit,None
+        hooked = bool(unit.module._forward_hooks)
+        self.fallback = RunAgain(unit) if hooked else None
+        self.needs_input = self.needs_output = hooked
+
+    @property
+    def running(self) -> bool: return self.fallback is not None and self.fallback.running
+
+    def keep_input(self, args: tuple, kwargs: dict) -> None: self.fallback.keep_input(args, kwargs)
+
+    def keep_output(self, out: Any) -> None:
+        if isinstance(out, Tensor): self.raw = out,_version(out)
+
+    def clear(self) -> None:
+        self.raw = None
+        if self.fallback is not None: self.fallback.clear()
+
+    def observe(self, out: Any) -> Any:  # The output to go on with, or `None` for `out`
+        raw,self.raw = self.raw,None
+        if raw is not None and not (raw[0] is out and raw[1] == _version(out)): return self.fallback.observe(out)
+        with torch._C.DisableTorchFunction(): self._solve(first_tensor(out))
+        return None
+
+    @np.errstate(all='ignore')
+    def _solve(self, x: Tensor) -> None:
+        u,b = self.unit,self.unit.biases()
+        if b.ndim and not u.seen.by_channel: return  # the biases were alike when the pass began; the next finds them differ
+        now = u.recent()
+        meter = AffineMeter(now.affine(1., -b), b, u.bias is not None, u.target.per_channel)
+        if varies(meter.z, now): u.reason = _loop(u, meter, _MAX_STEPS)
+        a,shift = meter.weight_scale,meter.bias_shift
+        if u.reason or ((a == 1).all() and (shift == 0).all()): return
+        u.weights[0].mul(a)
+        if u.bias is not None: u.bias.add(shift)
+        u.scaled(a)
+        _mark(u)
+        offset = (1 - a)*b + shift
+        u.seen.moments = [m.affine(a, offset) for m in u.seen.moments]
+        u.history = [m.affine(a, offset) for m in u.history if m.mean.shape == now.mean.shape]
+        _mend(x, a, offset, u.channel_dim)
+
+
+def _mend(x: Tensor, a: np.ndarray, offset: np.ndarray, channel_dim: int) -> None:
+    "Make `x` hold `a*x + offset`, each one number or one a channel."
+    x = x.as_subclass(Tensor)
+    if x.requires_grad: x = x.data  # the model takes a gradient by itself: it should be that of the new weights
+    shape = [1]*x.dim()
+    if x.dim(): shape[channel_dim] = -1
+
+    def by_channel(v): return torch.as_tensor(v).to(x).reshape(shape)
+
+    if not offset.any() and a.size == 1: x.mul_(a.item())
+    elif a.size == 1: torch.add(by_channel(offset), x, alpha=a.item(), out=x)
+    else: torch.addcmul(by_channel(offset), by_channel(a), x, out=x)
+
+
+class BetweenPasses:
+    """Corrects a unit that is called several times, after a pass that ran it as it was.
+
+    Where its output comes back as its input, the std grows as some power of the weight's scale: 1 where the calls have
+    nothing to do with each other, the number of calls in a chain of as many layers. The last two passes tell that power (the
+    secant method). It starts at the root of the number of calls."""
+    def __init__(self, unit: Unit):
+        self.unit = unit
+        self.height: np.ndarray | None = None  # Logarithm of std over target, in the pass before
+        self.step: np.ndarray | None = None  # Logarithm of the factor that followed
+
+    @np.errstate(all='ignore')
+    def after_pass(self) -> bool:
+        "Correct the unit if it is off its target. Returns whether it was changed."
+        u,t,m = self.unit,self.unit.target,self.unit.seen.pooled
+        if not varies(m) or u.met(m): return False
+        u.reason = u.doubts(m)
+        if u.reason: return False
+        mean,std = m.stats(t.per_channel)
+        calls = len(u.seen.moments)
+        power,height = np.full_like(std, calls**0.5),np.log(std/t.std)
+        if self.height is not None:
+            slope = (height - self.height)/self.step
+            power = np.where(np.isfinite(slope) & (slope > 0), slope.clip(0.5, 4*calls), power)
+        step = np.where(np.isfinite(height), -height/power, 0.) if t.scales else np.zeros_like(std)
+        self.height,self.step = height,step
+        u.weights[0].mul(np.exp(step))
+        u.scaled(np.exp(step))
+        if u.can_shift and t.shifts: u.bias.add(t.mean - mean)
+        _mark(u)
+        return True
+
+
+def choose_solver(unit: Unit) -> ClosedForm | RunAgain:
+    "How the hook corrects a unit."
+    return ClosedForm(unit) if unit.affine else RunAgain(unit)

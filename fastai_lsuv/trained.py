@@ -1,0 +1,116 @@
+"""Whether the weights of a Learner's model mean something: they were loaded, trained, pretrained or frozen.
+
+`KnownWeights` remembers the weights as they were when the callback was attached, and tells which were written since.
+`came_trained` says why a whole model is to be left as it is. `begins_a_fit` tells a fit from a look at the model."""
+from __future__ import annotations
+
+import sys
+from typing import Iterable
+from weakref import ref
+
+from fastai.basics import Callback, L, Learner, SkipToEpoch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ['KnownWeights', 'parameters', 'came_trained', 'learned_norm', 'pretrained_body', 'begins_a_fit']
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    "The parameters that exist: those of lazy modules do not yet."
+    return [p for p in model.parameters() if not is_lazy(p)]
+
+
+class KnownWeights:
+    """What is known of each parameter: the version it had, and whether it was frozen, when it was first seen.
+
+    A tensor's version counts the times it was written to."""
+    def __init__(self): self.of = {}
+
+    def knows(self, p: nn.Parameter) -> bool: return id(p) in self.of and self.of[id(p)][0]() is p
+
+    def note(self,
+        params: Iterable[nn.Parameter],
+        written: set[int] | None = None  # After a run of LSUV: the ids of those that were written before it, and stay so
+    ) -> None:
+        "Note parameters not seen before; after a run of LSUV, the versions that it has made."
+        for p in params:
+            if not self.knows(p): self.of[id(p)] = ref(p),p._version,not p.requires_grad
+            elif written is not None and id(p) not in written: self.of[id(p)] = ref(p),p._version,self.of[id(p)][2]
+
+    def written(self, params: Iterable[nn.Parameter]) -> set[int]:
+        "Ids of the parameters that were written since they were noted."
+        return {id(p) for p in params if self.knows(p) and p._version > self.of[id(p)][1]}
+
+    def was_frozen(self, p: nn.Parameter) -> bool: return self.knows(p) and self.of[id(p)][2]
+
+    def of_copy(self, params: Iterable[nn.Parameter], copies: Iterable[nn.Parameter]) -> KnownWeights:
+        "What is known of copies of these parameters: the same as of the parameters."
+        params,new = list(params),KnownWeights()
+        written = self.written(params)
+        for p, q in zip(params, copies):
+            if self.knows(p): new.of[id(q)] = ref(q),-1 if id(p) in written else q._version,self.of[id(p)][2]
+        return new
+
+
+def came_trained(learn: Learner, known: KnownWeights) -> str:
+    "Why no weight of the model is to be touched, or \"\"."
+    start = next((cb for cb in learn.cbs if isinstance(cb, SkipToEpoch)), None)
+    if start is not None: return f"training goes on from epoch {start._skip_to}"
+    if _was_trained(learn): return "it has been trained"
+    params = parameters(learn.model)
+    if params and len(known.written(params)) == len(params): return "its weights were loaded"
+    # Where some are or were frozen, or the Learner knows of a pretrained body, the rest may well be a new head.
+    if vars(learn).get('pretrained') or any(not p.requires_grad or known.was_frozen(p) for p in params): return ''
+    learned = learned_norm(learn.model)
+    return f"it comes trained, as its norm layer {learned!r} shows" if learned else ''
+
+
+def pretrained_body(learn: Learner) -> set[int]:
+    "Ids of the parameters of a pretrained Learner's body: all but the last group of its splitter."
+    if not vars(learn).get('pretrained'): return set()
+    groups = learn.splitter(learn.model)
+    divided = isinstance(groups[0], (list, tuple, L)) and len(groups) > 1
+    head = {id(p) for p in groups[-1]} if divided else set()
+    return {id(p) for p in parameters(learn.model)} - head
+
+
+def _was_trained(learn: Learner) -> bool:
+    """Whether an optimizer has taken a step. What `lr_find` did, it undid.
+
+    An optimizer keeps some state; or fastai's, which zeroes gradients, leaves zeros; or, where neither is to be had (plain
+    SGD, of torch), the Recorder has losses."""
+    opt,params,recorder = learn.opt,parameters(learn.model),vars(learn).get('recorder')
+    optimizers = [o for o in (opt, vars(opt).get('opt')) if o is not None]  # an OptimWrapper's state is in `opt.opt`
+    states = [o.state[p] for o in optimizers for p in params if p in o.state]
+    if any(set(s) - {'do_wd', 'force_train'} for s in states): return True
+    if _found_lr(recorder): return False
+    grads = [p.grad for p in params if p.grad is not None]
+    if grads and not any(g.any() for g in grads): return True
+    remembers = any(opt.hypers[0].get(h) for h in ('mom', 'sqr_mom'))
+    return not remembers and len(getattr(recorder, 'losses', ())) > 0
+
+
+def _found_lr(recorder: Callback | None) -> bool:
+    "Whether the last fit was that of `lr_find`: its learning rates grow by the same factor each step."
+    lrs = getattr(recorder, 'lrs', ())
+    factors = [b/a for a, b in zip(lrs, lrs[1:]) if a > 0]
+    return len(factors) > 1 and min(factors) > 1 and max(factors) < 1.001*min(factors)
+
+
+def learned_norm(model: nn.Module) -> str:
+    "Name of a norm layer that has learned, or \"\": nobody starts both its weight and its bias with several values."
+    def varies(p): return p is not None and not is_lazy(p) and bool((p != p[:1]).any())
+
+    for n, m in model.named_modules():
+        w,b = m._parameters.get('weight'),m._parameters.get('bias')
+        if 'Norm' in type(m).__name__ and getattr(w, 'ndim', 0) == 1 and varies(w) and (b is None or varies(b)): return n
+    return ''
+
+
+def begins_a_fit() -> bool:
+    """Whether a fit has sent the event that is being handled.
+
+    `validate`, `get_preds`, `summary` and `tta` send `before_fit` too, in one list with `before_epoch`."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not Learner.__call__.__code__: frame = frame.f_back
+    return frame is None or isinstance(frame.f_locals['event_name'], str)

@@ -1,0 +1,157 @@
+"""What a unit is made of: `WeightRef` reads, scales and shifts a weight or a bias, wherever a module keeps it.
+
+`KINDS` is the table of the layers whose output is known to be affine in a weight and a bias. `layer_of` finds the layer
+inside a module, `weights_of` and `own` its `WeightRef`s."""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+__all__ = ['Kind', 'KINDS', 'kind_of', 'is_layer', 'is_affine', 'WeightRef', 'layer_of', 'weights_of', 'own']
+
+
+@dataclass(frozen=True)
+class Kind:
+    "A class of layers whose output is affine in `weight` and `bias`, and where they hold the output channels."
+    cls: type | str  # The class, or its dotted name, which is looked up without importing its module
+    channel_dim: int = -1  # Dimension of the output that holds the channels
+    transposed: bool = False  # Whether the weight holds the output channels in dimension 1, and not in dimension 0
+    forwards: tuple[str, ...] = ('forward', '_conv_forward', '__call__')  # Methods that a subclass must not replace
+
+    def loaded(self) -> type | None:
+        "The class, or `None` if its module has not been imported: no model holds such a layer then."
+        if isinstance(self.cls, type): return self.cls
+        module,_,name = self.cls.rpartition('.')
+        return getattr(sys.modules.get(module), name, None)
+
+
+KINDS = [
+    *(Kind(c, -2 - d) for d, c in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d))),
+    *(Kind(c, -2 - d, True) for d, c in enumerate((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))),
+    Kind(nn.Linear),
+    Kind(nn.Bilinear),
+]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    "The entry of `KINDS` that `module` is an instance of."
+    return next((k for k in KINDS if (c := k.loaded()) is not None and isinstance(module, c)), None)
+
+
+def is_layer(module: nn.Module) -> bool:
+    "Whether `module` is normalized unless `modules` says otherwise: conv, linear and attention layers."
+    return isinstance(module, (_ConvNd, nn.MultiheadAttention)) or kind_of(module) is not None
+
+
+def is_affine(module: nn.Module) -> bool:
+    "Whether the output is affine in the `weight` and `bias` parameters that the module holds, and nothing intervenes."
+    if isinstance(module, nn.MultiheadAttention):  # its output is that of `out_proj`, which it applies itself
+        return type(module).forward is nn.MultiheadAttention.forward and is_affine(module.out_proj)
+    kind = kind_of(module)
+    if kind is None or 'weight' not in module._parameters or 'forward' in vars(module): return False
+    return all(getattr(type(module), f, None) is getattr(kind.loaded(), f, None) for f in kind.forwards)
+
+
+class WeightRef:
+    """One tensor that a unit is made of, in `owner.name`, or the value behind a property of that name.
+
+    It changes tensors through `.data`, unseen by autograd: a model may take a gradient in its forward pass. `Unit.finish`
+    counts the changes once for all, when the run is over."""
+    def __init__(self,
+        owner: nn.Module,  # Module that has the attribute
+        name: str,  # Attribute: "weight", "weight_g", "bias", ...
+        transposed_groups: int = 0  # Groups of a layer with output channels in dimension 1; 0 for dimension 0
+    ):
+        self.owner,self.name,self.transposed_groups = owner,name,transposed_groups
+        is_tensor = name in owner._parameters or name in owner._buffers
+        has_property = getattr(getattr(type(owner), name, None), 'fset', None) is not None
+        self.has_setter = not is_tensor and (has_property or name in vars(owner))
+
+    @property
+    def value(self) -> Any: return getattr(self.owner, self.name)
+
+    @property
+    def tensor(self) -> Tensor | None: return v if isinstance(v := self.value, Tensor) else None
+
+    def frozen(self) -> bool:
+        "Whether this is a parameter that training does not change."
+        return isinstance(v := self.value, nn.Parameter) and not v.requires_grad
+
+    @property
+    def key(self) -> Any:
+        "The same for two references to one tensor. A property makes a new tensor each time, so its owner stands for it."
+        return (id(self.owner), self.name) if self.has_setter else id(self.value)
+
+    def copy(self) -> Any: return self.tensor.detach().clone() if self.tensor is not None else self.value
+
+    @torch.no_grad()
+    def assign(self, value: Any) -> None:
+        if self.has_setter: setattr(self.owner, self.name, value)
+        else: self.tensor.data.copy_(value)
+
+    @torch.no_grad()
+    def mul(self, by: np.ndarray) -> None:
+        to = self._by_channel(by)
+        if self.has_setter: self.assign(self.value*to)
+        else: self.tensor.data.mul_(to)
+
+    @torch.no_grad()
+    def add(self, by: np.ndarray) -> None:
+        to = self._by_channel(by)
+        if self.has_setter: self.assign(self.value + to)
+        else: self.tensor.data.add_(to)
+
+    def _by_channel(self, by: np.ndarray) -> Tensor | float:
+        "One number, or one a channel, in a shape that broadcasts with the value."
+        if by.size == 1: return by.item()
+        v,x,c = self.tensor,torch.from_numpy(by),len(by)
+        if v is not None and self.transposed_groups and v.dim() > 1:  # (in, out/groups, ...)
+            x = x.view(self.transposed_groups, -1).repeat_interleave(v.shape[0]//self.transposed_groups, dim=0)
+        if v is None or v.shape[:x.dim()] != x.shape:
+            raise ValueError(f"per_channel: {type(self.owner).__name__}.{self.name} does not hold a value for each of {c} "
+                             "channels; pass per_channel=False, or leave the module out with `modules`")
+        return x.reshape(*x.shape, *[1]*(v.dim() - x.dim())).to(v)
+
+
+def own(module: nn.Module, name: str) -> list[WeightRef]:
+    "The weight or bias that `module` itself has by this name, if any."
+    v = getattr(module, name, None)
+    if isinstance(v, Tensor): return [WeightRef(module, name)]
+    # The lesson-11 `ConvLayer` has a number behind a property. A plain `bias=True` is a flag.
+    is_number = isinstance(v, (int, float)) and not isinstance(v, bool)
+    if not (is_number and isinstance(getattr(type(module), name, None), property)): return []
+    return [ref] if (ref := WeightRef(module, name)).has_setter else []
+
+
+def layer_of(module: nn.Module) -> nn.Module | None:
+    "The layer whose weight makes `module`'s output: itself, an attention's output projection, or the first inside."
+    if isinstance(module, nn.MultiheadAttention): return module.out_proj
+    if is_layer(module): return module
+    inner = next((m for m in module.modules() if is_layer(m)), None)
+    if inner is not None: return layer_of(inner)
+    return module if getattr(module, 'weight', None) is not None else None
+
+
+def weights_of(layer: nn.Module) -> list[WeightRef]:
+    "What may scale the output of `layer`: its weight, what its weight is computed from, or a gain of its own."
+    kind = kind_of(layer)
+    groups = getattr(layer, 'groups', 1) if isinstance(layer, _ConvTransposeNd) or kind and kind.transposed else 0
+    if parametrize.is_parametrized(layer, 'weight'):
+        # `original0` is the magnitude of weight_norm. Torch's other parametrizations have one `original`.
+        originals = layer.parametrizations['weight']
+        return [WeightRef(originals, 'original0' if hasattr(originals, 'original0') else 'original', groups)]
+    if 'weight' not in layer._parameters:  # a hook or a property computes it
+        of = next((n for n in ('weight_g', 'weight_orig') if n in layer._parameters), None)
+        return [WeightRef(layer, of, groups)] if of else [ref for ref in own(layer, 'weight') if ref.has_setter]
+    refs = [WeightRef(layer, 'weight', groups)]
+    if is_affine(layer): return refs
+    # A subclass that standardizes its weight is scaled by its gain, one number a channel.
+    gains = [n for n, p in layer._parameters.items() if n not in ('weight', 'bias') and p is not None]
+    return refs + [WeightRef(layer, n) for n in gains if layer._parameters[n].numel() in (1, layer.weight.shape[0])]
