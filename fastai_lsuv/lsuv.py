@@ -81,7 +81,10 @@ def initialize(
             if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
         goal = Goal(parse_order(order), target_mean, targets, tol, batch_tol, per_channel)
         before: dict[Unit, tuple[float, float]] = {}
-        with _as_on_rank_0(model), preserved(model, units):
+        owned = [p for u in units for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer)]
+        held = [k for u in units for k in u.knobs if k.has_setter]  # what stands behind properties
+        computed = [u.layer for u in units if not u.left_alone]
+        with _as_on_rank_0(model), preserved(model, owned, held, computed):
             train_without_dropout(model)
             if baseline:
                 as_it_was = Passes(model, units, goal, watch)
@@ -125,7 +128,7 @@ def layer_stats(
         units = measurable(model, modules)
         for u in units: u.left_alone = ''
         passes = Passes(model, units, Goal((), 0., {u: 1. for u in units}, 1e-3, 0.1, False))
-        with preserved(model, []):
+        with preserved(model, (), ()):
             train_without_dropout(model)
             passes(feed.batch, correct=False)
         return LSUVReport(_rows(passes, {}), n_passes=1)

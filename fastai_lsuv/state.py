@@ -1,101 +1,46 @@
-"What a pass must leave as it was: modes, buffers, hidden state; and, when it fails, the weights."
+"""What a pass must leave as it was: modes, buffers, hidden state; and, when it fails, the weights.
+
+`Snapshot` remembers the attributes of objects and all that they hold, `Copies` the numbers in parameters. Both are lists of items,
+which `put_back` writes back one by one. `preserved` takes both before a pass over a model, and puts back after it what the pass was
+not to change."""
 from __future__ import annotations
 
-import random
+import warnings
 from contextlib import contextmanager
-from collections import deque
-from copy import copy, deepcopy
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Protocol
 
 import numpy as np
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from .units import Unit
+from .items import Item, TensorItem, memory, same_tensor
+from .restore import RestoreError, put_back, survey
 
-__all__ = ['Copies', 'Snapshot', 'memory', 'preserved', 'train_without_dropout']
+__all__ = ['Copies', 'RestoreError', 'Snapshot', 'Value', 'memory', 'preserved', 'train_without_dropout']
 
-_HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # attached and removed by whoever registers them
-_MOST_ITEMS = 1000  # A longer list holds data, not state
-_PLAIN = {type(None), bool, int, float, str}  # Most attributes of modules: not worth a look
 _SMALL = 2**16  # Parameters of no more elements are copied without asking what they are for
 
 
-class _Contents:
-    "What one value held, and how to make it hold that again: tensors, collections and generators; all else is taken as immutable."
-    def __init__(self,
-        value: Any,
-        but: set[int],  # Addresses of memory that is to keep what is written to it: an attribute may be a view of a parameter
-        tensors: bool,  # Whether to copy tensors, or take them as immutable too
-        depth: int = 3  # How far down nested collections are followed
-    ):
-        self.value,self.copy,self.inner = value,None,[]
-        if isinstance(value, Tensor):
-            if tensors and not is_lazy(value) and memory(value) not in but: self.copy = value.detach().clone()
-        elif isinstance(value, (list, dict, set, deque)) or tensors and isinstance(value, np.ndarray): self.copy = copy(value)
-        elif isinstance(value, _GENERATOR_TYPES): self.copy = deepcopy(_generator(value)[0](value))
-        if depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_ITEMS:
-            self.inner = _contents(value.values() if isinstance(value, dict) else value, but, tensors, depth - 1)
-
-    def restore(self) -> None:
-        v = self.value
-        if self.copy is not None:
-            if isinstance(v, Tensor): _write(v.detach(), self.copy)
-            elif isinstance(v, _GENERATOR_TYPES): _generator(v)[1](v, self.copy)
-            elif isinstance(v, (list, np.ndarray)): v[:] = self.copy
-            elif isinstance(v, deque): v.clear(); v.extend(self.copy)
-            else: v.clear(); v.update(self.copy)
-        for c in self.inner: c.restore()
-
-
-def _contents(values: Iterable[Any], but: set[int], tensors: bool, depth: int = 3) -> list[_Contents]:
-    "`_Contents` of those of `values` that hold anything which can be put back."
-    held = (_Contents(v, but, tensors, depth) for v in values if not _is_plain(v) and not isinstance(v, nn.Module))
-    return [c for c in held if c.copy is not None or c.inner]
-
-
-def _is_plain(v: Any) -> bool: return type(v) in _PLAIN or type(v) is tuple and all(type(o) in _PLAIN for o in v)
-
-
-def memory(t: Tensor) -> int:
-    "Address of the memory that a tensor is a view of (0 if it is empty), or of the tensor itself if it is sparse."
-    return t.untyped_storage().data_ptr() if t.layout == torch.strided else id(t)
-
-
-def _write(t: Tensor, was: Tensor) -> None:
-    "Make `t` hold what it held. An expanded tensor cannot be written as a whole, but was not written by others either."
-    if t.layout != torch.strided or not torch.equal(t, was): t.data.copy_(was)
-
-
-# How the state of each kind of generator is had, and set.
-_GENERATORS = {torch.Generator: (torch.Generator.get_state, torch.Generator.set_state), random.Random: (random.Random.getstate, random.Random.setstate),
-               np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
-               np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, 'state', state))}
-_GENERATOR_TYPES = tuple(_GENERATORS)
-
-
-def _generator(v: Any) -> tuple: return next(f for c, f in _GENERATORS.items() if isinstance(v, c))
-
-
 class Snapshot:
-    "The attributes of some objects, with what their collections and generators held, and (of modules, say) their tensors."
+    """The attributes of some objects, with what their collections and generators hold, and (of modules, say) their tensors.
+
+    The parameters of a module are left to `Copies`, its hooks to whoever registers them. Modules also have the plain objects that they
+    hold opened. See `survey` for how far it goes."""
     def __init__(self,
         objects: Iterable[Any],
-        but: set[int] = frozenset(),  # Addresses of memory that is to keep what is written to it
-        tensors: bool = True  # Whether to copy tensors, or only to remember which they were
+        but: set[int] = frozenset(),  # Addresses of memory that is to keep what is written to it: an attribute may be a view of a parameter
+        tensors: bool = True,  # Whether to copy tensors and arrays, or only to remember which they were
+        names: Iterable[str] | None = None  # What error messages call the objects; their types, if not given
     ):
-        self.of = [(o, attrs := {k: v for k, v in vars(o).items() if k not in _HOOKS}, _contents(attrs.values(), but, tensors)) for o in objects]
+        objects = list(objects)
+        names = [type(o).__name__ for o in objects] if names is None else names
+        self.items = survey(zip(names, objects), but, tensors)
 
-    @torch.no_grad()
     def restore(self) -> None:
-        for o, attrs, contents in self.of:
-            now = vars(o)
-            for k in [k for k in now if k not in attrs and k not in _HOOKS]: del now[k]
-            now.update(attrs)
-            for c in contents: c.restore()
+        "Put back all that has changed. Raises `RestoreError`, after that, naming what could not be."
+        put_back(self.items)
 
 
 class Copies:
@@ -103,61 +48,123 @@ class Copies:
 
     Those on the CPU lie in one array of numpy's, which comes in huge pages where the system has them. As tensors of their own
     they take the place of memory that the model is used to run in, and page faults cost its passes more than the copy."""
-    def __init__(self, params: Iterable[nn.Parameter]):
-        params = [p for p in params if not is_lazy(p)]
+    def __init__(self,
+        params: Iterable[nn.Parameter],
+        names: dict[int, str] | None = None  # What error messages call them, by `id`
+    ):
+        params = [p for p in {id(p): p for p in params}.values() if not is_lazy(p) and not p.is_meta]
         values = [p.detach() for p in params]
         sizes = [-(-v.nbytes//64)*64 if _is_plain_cpu(v) else 0 for v in values]  # whole cache lines
         rooms = torch.from_numpy(np.empty(sum(sizes), np.uint8)).split(sizes)
-        self.of = [(p, r[:v.nbytes].view(v.dtype).as_strided(v.shape, v.stride()).copy_(v) if len(r) else v.clone())
-                   for p, v, r in zip(params, values, rooms)]
+        self.items = [TensorItem(p, (names or {}).get(id(p), 'a parameter'), _copied(v, r) if len(r) else None)
+                      for p, v, r in zip(params, values, rooms)]
 
-    @torch.no_grad()
     def put_back(self) -> None:
-        for p, was in self.of: _write(p, was)
+        "Put back all that has changed. Raises `RestoreError`, after that, naming what could not be."
+        put_back(self.items)
+
+
+def _copied(v: Tensor, room: Tensor) -> Tensor: return room[:v.nbytes].view(v.dtype).as_strided(v.shape, v.stride()).copy_(v)
 
 
 def _is_plain_cpu(t: Tensor) -> bool:
     "Whether `t` is a tensor of floats on the CPU whose elements lie side by side in memory, in whatever order."
-    return (type(t) is Tensor and t.device.type == 'cpu' and t.layout == torch.strided and t.is_floating_point()
+    return (type(t) is Tensor and t.device.type == 'cpu' and t.layout == torch.strided and not t.is_nested and t.is_floating_point()
             and sum((n - 1)*s for n, s in zip(t.shape, t.stride())) == t.numel() - 1 and all(s for n, s in zip(t.shape, t.stride()) if n > 1))
+
+
+class Value(Protocol):
+    "A value that is no tensor of its own: it stands behind a property, say."
+    def copy(self) -> Any: ...
+    def assign(self, value: Any) -> None: ...
+
+
+class _ValueItem(Item):
+    __slots__ = ()
+
+    def read(self) -> Any: return self.of.copy()
+    def write(self) -> None: self.of.assign(self.was)
+
+    def same(self) -> bool:
+        now = self.read()
+        if isinstance(now, Tensor) and isinstance(self.was, Tensor): return same_tensor(now, self.was)
+        return now is self.was or type(now) is type(self.was) in (bool, int, float, str) and now == self.was
+
+
+class _Grad(Item):
+    "The gradient of a parameter, which is the same tensor, or none."
+    __slots__ = ()
+
+    def read(self) -> Tensor | None: return self.of.grad
+    def same(self) -> bool: return self.of.grad is self.was
+    def write(self) -> None: self.of.grad = self.was
+
+
+class _Large(Item):
+    "A parameter too large to be copied on suspicion. Its version tells of most writes, though not of those through `.data`."
+    __slots__ = ()
+
+    def read(self) -> int: return self.of._version
+    def same(self) -> bool: return self.of._version == self.was
+
+    def write(self) -> None:
+        raise RuntimeError(f'the forward pass writes to this parameter; its {self.of.numel():,} elements were too many to copy on suspicion')
+
+
+class _Parameters:
+    "What becomes of each parameter: owned ones may change; others are copied, or watched where they are large."
+    def __init__(self, named: list[tuple[str, nn.Module]], owned: Iterable[nn.Parameter]):
+        by_id,suspects,self.names = {},set(),{}
+        for name, m in named:
+            for k, p in m._parameters.items():
+                if p is None or is_lazy(p): continue
+                by_id[id(p)] = p
+                self.names.setdefault(id(p), f'{name}.{k}' if name else k)
+                if _may_be_written(m, p): suspects.add(id(p))
+        owned = {id(p): p for p in owned}
+        self.memory = {memory(p) for p in (by_id | owned).values() if not is_lazy(p)} - {0}
+        self.owned = Copies(owned.values(), self.names).items
+        self.others = Copies((p for i, p in by_id.items() if i in suspects - owned.keys()), self.names).items
+        self.large = [_Large(p, self.names[i]) for i, p in by_id.items() if i not in suspects | owned.keys() and not p.is_inference()]
+        self.grads = [_Grad(p, f'{self.names[i]}.grad') for i, p in by_id.items() if p.is_leaf]
+
+
+def _may_be_written(m: nn.Module, p: nn.Parameter) -> bool:
+    "Whether `m` may write to its own parameter as it runs: an embedding to keep its norm, a small one to take its start from data."
+    return getattr(m, 'max_norm', None) is not None or p.numel() <= _SMALL
 
 
 @contextmanager
 def preserved(
     model: nn.Module,
-    units: list[Unit]  # Whose weights and biases may change
+    owned: Iterable[nn.Parameter],  # Weights and biases, which may change
+    held: Iterable[Value] = (),  # Values that may change, too
+    computed: Iterable[nn.Module] = ()  # Layers whose `weight` may be computed by a hook; it stays that of the last forward
 ) -> Iterator[None]:
-    """Leave everything but the units' weights and biases as it was: module modes, buffers, hidden state and other attributes,
-    and the gradients, to which a model may add by a `backward` of its own.
+    """Leave everything but `owned` and `held` as it was: module modes, buffers, hidden state and other attributes, and the gradients,
+    to which a model may add by a `backward` of its own.
 
-    If anything is raised inside, Ctrl-C included, the weights and biases are put back too."""
-    snapshot = Snapshot(model.modules(), but={memory(p) for p in model.parameters() if not is_lazy(p)} - {0})
-    owned = {p for u in units for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer)}
-    weights,others = Copies(owned),Copies(p for m in model.modules() for p in m._parameters.values() if p is not None and p not in owned and _may_be_written(m, p))
-    def values(): return [(k, k.copy()) for u in units for k in u.knobs if k.has_setter]  # what stands behind properties
-    was = values()
-    grads = [(p, p.grad) for p in model.parameters() if p.is_leaf]
-    def put_back(values):
-        for p, g in grads: p.grad = g
-        snapshot.restore()
-        others.put_back()
-        for k, v in values: k.assign(v)  # it may live in an attribute that was just restored
+    If anything is raised inside, Ctrl-C included, these are put back too, weights first. What cannot be put back is named in a
+    `RestoreError`, or in a note to what was raised. A large parameter that is not owned is not copied; if it is written, a warning
+    names it."""
+    named,held = list(model.named_modules()),list(held)
+    params = _Parameters(named, owned)
+    rest = Snapshot([m for _, m in named], params.memory, names=[n for n, _ in named]).items
+    values = _values(held)
     try:
-        for p, _ in grads: p.grad = None
+        for g in params.grads: g.of.grad = None
         yield
-    except BaseException:
-        put_back(was)
-        weights.put_back()
+        weights = [(m, vars(m)['weight']) for m in computed if 'weight' in vars(m)]
+        put_back([*params.others, *rest, *_values(held), *params.grads])  # a value may live in an attribute: it comes later
+        for m, w in weights: vars(m)['weight'] = w
+        if (written := [g.where for g in params.large if not g.same()]):
+            warnings.warn(f"the model writes these parameters in its forward pass, and they are not put back: {', '.join(written)}")
+    except BaseException as e:
+        put_back([*params.owned, *params.others, *rest, *values, *params.grads, *params.large], beside=e)
         raise
-    # A weight that a hook computes before each forward (`weight_norm` of old, pruning) is that of the last.
-    computed = [(u.layer, vars(u.layer)['weight']) for u in units if not u.left_alone and 'weight' in vars(u.layer)]
-    put_back(values())
-    for layer, w in computed: vars(layer)['weight'] = w
 
 
-def _may_be_written(m: nn.Module, p: nn.Parameter) -> bool:
-    "Whether `m` may write to its own parameter as it runs: an embedding to keep its norm, a small one to take its start from data."
-    return getattr(m, 'max_norm', None) is not None or not is_lazy(p) and p.numel() <= _SMALL
+def _values(held: list[Value]) -> list[Item]: return [_ValueItem(v, str(getattr(v, 'name', type(v).__name__))) for v in held]
 
 
 def train_without_dropout(model: nn.Module) -> None:
