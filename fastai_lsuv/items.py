@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ['ArrayItem', 'Attributes', 'HOOKS', 'Item', 'KINDS', 'Slots', 'TensorItem', 'memory', 'same_tensor']
+__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem', 'TupleItem', 'memory', 'same_tensor']
 
 HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # Attributes of modules that belong to whoever registers the hooks
 
@@ -50,10 +50,8 @@ class Item:
         return ()
 
     def repairs(self) -> Iterator[tuple[Any, Callable[[], None]]]:
-        "What has changed: where, and the function that writes it. A thing that cannot be compared counts as changed."
-        try: same = self.same()
-        except Exception: same = False
-        if not same: yield self.where, self.write
+        "What is to be written where `same` does not hold: places, and the functions that write there."
+        yield self.where, self.write
 
 
 class Attributes(Item):
@@ -61,10 +59,10 @@ class Attributes(Item):
     __slots__ = ()
 
     def read(self) -> dict: return dict.copy(_dict_of(self.of))
+    def same(self) -> bool: return _same_entries(_dict_of(self.of), self.was)
     def entries(self) -> Iterable[tuple[str, Any]]: return self.was.items()
 
     def repairs(self) -> Iterator[tuple[Any, Callable[[], None]]]:
-        if _same_entries(_dict_of(self.of), self.was): return
         now = self.read()
         skip = HOOKS if isinstance(self.of, nn.Module) else ()
         for k in [*self.was, *(k for k in now if k not in self.was)]:
@@ -89,6 +87,7 @@ class Slots(Item):
     __slots__ = ()
 
     def read(self) -> dict: return {d: _slot(d, self.of) for d in _slots(type(self.of))}
+    def same(self) -> bool: return _same_entries(self.read(), self.was)
     def entries(self) -> Iterable[tuple[str, Any]]: return ((d.__name__, v) for d, v in self.was.items() if v is not _MISSING)
 
     def repairs(self) -> Iterator[tuple[Any, Callable[[], None]]]:
@@ -242,21 +241,20 @@ class TensorItem(Item):
         self.shape = of.shape if _is_plain(of) else None
         super().__init__(of, where, was)
 
-    def read(self) -> Tensor: return Tensor.clone(_parts(self.of)[0] if self.shape is not None else self.of.detach())
+    def read(self) -> Tensor: return Tensor.clone(self.of.detach() if self.shape is None else _once(self.of))
 
     def same(self) -> bool:
+        if self.shape is not None: return self.of.shape == self.shape and same_tensor(_once(self.of), self.was)
         now,was = _parts(self.of),_parts(self.was)
-        return self._shaped() and len(now) == len(was) and all(map(same_tensor, now, was))
+        return len(now) == len(was) and all(map(same_tensor, now, was))
 
     def write(self) -> None:
         now,was = _parts(self.of),_parts(self.was)
-        if self._shaped() and len(now) == len(was) and all(map(_alike, now, was)):
+        if self.shape in (None, self.of.shape) and len(now) == len(was) and all(map(_alike, now, was)):
             for to, of in zip(now, was): to.data.copy_(of)
         else:
             self.of.data = self.was.clone() if self.shape is None else self.was.clone().expand(self.shape)
             if not self.same(): raise RuntimeError(f"a tensor of layout {self.of.layout} takes no other memory")
-
-    def _shaped(self) -> bool: return self.shape is None or self.of.shape == self.shape
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -264,14 +262,18 @@ def _is_plain(t: Tensor) -> bool:
     return t.layout == torch.strided and not t.is_nested and (type(t) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(t))
 
 
+def _once(t: Tensor) -> Tensor:
+    "A view of plain memory in which each element shows once: an expanded dimension is of size 1."
+    t,strides = Tensor.detach(t),t.stride()
+    return t[tuple(slice(1 if s == 0 else None) for s in strides)] if 0 in strides else t
+
+
 def _parts(t: Tensor) -> list[Tensor]:
     "The tensors in plain memory that hold what `t` holds, each of their elements once."
-    if _is_plain(t):
-        t = Tensor.detach(t)
-        return [t[tuple(slice(1 if s == 0 else None) for s in t.stride())] if 0 in t.stride() and t.numel() else t]
+    if _is_plain(t): return [_once(t)]
     if is_traceable_wrapper_subclass(t): return [p for name in t.__tensor_flatten__()[0] for p in _parts(getattr(t, name))]
-    if t.is_nested: return [t.detach().values(), t._nested_tensor_size()]
     t = t.detach()
+    if t.is_nested: return [t.values(), t._nested_tensor_size()]
     if t.layout == torch.sparse_coo: return [t._indices(), t._values()]
     rows = [t.crow_indices(), t.col_indices()] if t.layout in (torch.sparse_csr, torch.sparse_bsr) else [t.ccol_indices(), t.row_indices()]
     return [*rows, t.values()]
@@ -285,8 +287,9 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
     if not _alike(a, b): return False
     if a.is_quantized: return torch.equal(a, b)
     if a.is_complex(): a,b = (torch.view_as_real(t.resolve_conj()) for t in (a, b))
-    bits = _INTS[a.element_size()]
-    return torch.equal(a.resolve_neg().view(bits), b.resolve_neg().view(bits))
+    if a.is_neg(): a = a.resolve_neg()
+    if a.dtype != (bits := _INTS[a.element_size()]): a,b = a.view(bits),b.view(bits)
+    return torch.equal(a, b)
 
 
 def memory(t: Tensor) -> int:

@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .items import HOOKS, KINDS, ArrayItem, Attributes, Item, Slots, TensorItem, TupleItem, memory
+from .items import HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem, memory
 
 __all__ = ['RestoreError', 'put_back', 'survey']
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)  # Nothing in these can change
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}  # Nothing in these can change
 _STEPS = 4  # How far down is looked from an attribute: a collection takes one step, a plain object two
 _MOST_THINGS = 100_000  # So many are looked at, the nearest first; what lies beyond is left alone
 _MOST_BYTES = 2**26  # Memory-mapped arrays, and arrays and tensors inside plain objects, are left alone above this size
 _SHALLOW = ('_parameters', '_modules')  # A model's modules are surveyed each by itself, its parameters copied by `Copies`
+_APART = HOOKS.union(_SHALLOW)
+_OPENED,_NUMBERS,_FIXED = (Attributes, Slots),(TensorItem, ArrayItem),(TupleItem, FrozenSetItem, ProxyItem)
 
 # Objects of these packages run threads, or stand for something outside. They are not opened.
 _OPAQUE = {'asyncio', 'concurrent', 'contextlib', 'contextvars', 'ctypes', 'enum', 'functools', 'io', 'logging', 'multiprocessing',
@@ -63,8 +65,11 @@ def put_back(
         if interrupt is not None: raise interrupt
 
 
-def _repairs(item: Item) -> list[tuple[Any, Callable[[], None]]]:
-    "The writes that `item` needs. What keeps them from being found is one that fails."
+def _repairs(item: Item) -> Iterable[tuple[Any, Callable[[], None]]]:
+    "The writes that `item` needs. What cannot be compared counts as changed; what keeps the writes from being found is one that fails."
+    try:
+        if item.same(): return ()
+    except Exception: pass
     try: return list(item.repairs())
     except Exception as e: return [(item.where, lambda e=e: _raise(e))]
 
@@ -132,7 +137,7 @@ class _Survey:
     def __init__(self, but: set[int], tensors: bool):
         self.but,self.tensors = but,tensors
         self.items: list[Item] = []
-        self.kinds: dict[type, tuple] = dict.fromkeys(_PLAIN, ())
+        self.kinds = _Kinds.fromkeys(_PLAIN, ())
         self.seen: dict[int, Any] = {}  # by address; held, so that no address is used again
         self.todo: deque[tuple] = deque()  # (thing, place, steps left, whether plain objects are opened, whether it is in one)
 
@@ -142,37 +147,35 @@ class _Survey:
         item = Attributes(o, name)
         self.items.append(item)
         if not isinstance(o, nn.Module):
-            self._queue(item, _STEPS, False, False)
+            self.queue(name, item.was.items(), True, _STEPS, False, False)
             return
-        inner = {k: v for k, v in item.was.items() if k not in HOOKS}
-        if isinstance(o, torch.jit.ScriptModule): inner |= o._buffers.items()  # they lie outside Python
-        for k, v in inner.items():
-            if self._kinds(type(v)): self.todo.append((v, (name, k, True), 0 if k in _SHALLOW else _STEPS, True, False))
+        inner = [e for e in item.was.items() if e[0] not in _APART]
+        if isinstance(o, torch.jit.ScriptModule): inner += o._buffers.items()  # they lie outside Python
+        self.queue(name, inner, True, _STEPS, True, False)
+        for k in _SHALLOW: self.look(item.was.get(k), (name, k, True), 0, False, False)
 
     def look(self, v: Any, where: Any, steps: int, opens: bool, inside: bool) -> None:
         "Remember what `v` holds now, and look at what is in it."
         if id(v) in self.seen: return
         self.seen[id(v)] = v
-        for kind in self._kinds(type(v)):
-            opened = kind is Attributes or kind is Slots
+        for kind in self.kinds[type(v)]:
+            opened = kind in _OPENED
             if opened and not (opens and steps >= 2): continue
             try:
-                if self._left_alone(kind, v, inside): continue
+                if kind in _NUMBERS and self._left_alone(kind, v, inside): continue
                 item = kind(v, where)
             except (MemoryError, torch.OutOfMemoryError): raise
             except Exception: continue
-            if not issubclass(kind, TupleItem): self.items.append(item)
-            if steps: self._queue(item, steps - 1 - opened, opens, inside or opened)
+            if kind not in _FIXED: self.items.append(item)
+            if steps and (inner := item.entries()): self.queue(where, inner, opened, steps - 1 - opened, opens, inside or opened)
 
-    def _queue(self, item: Item, steps: int, opens: bool, inside: bool) -> None:
+    def queue(self, where: Any, inner: Iterable[tuple[Any, Any]], is_attribute: bool, steps: int, opens: bool, inside: bool) -> None:
+        "Note what is yet to be looked at: all but what cannot change."
         if len(self.todo) > _MOST_THINGS: return
-        is_attribute = isinstance(item, (Attributes, Slots))
-        for k, v in item.entries():
-            if self._kinds(type(v)): self.todo.append((v, (item.where, k, is_attribute), steps, opens, inside))
-
-    def _kinds(self, t: type) -> tuple:
-        if (kinds := self.kinds.get(t)) is None: kinds = self.kinds[t] = _kinds(t)
-        return kinds
+        kinds,todo = self.kinds,self.todo
+        for k, v in inner:
+            if kinds[t := type(v)] and not (t is tuple and _PLAIN.issuperset(map(type, v))):
+                todo.append((v, (where, k, is_attribute), steps, opens, inside))
 
     def _left_alone(self, kind: type[Item], v: Any, inside: bool) -> bool:
         "Whether a tensor or an array is not to be copied."
@@ -192,6 +195,13 @@ def _root(a: np.ndarray) -> Any:
     "The array whose memory `a` is a view of, or the tensor."
     while isinstance(a, np.ndarray) and isinstance(a.base, (np.ndarray, Tensor)): a = a.base
     return a
+
+
+class _Kinds(dict):
+    "How things of each type are remembered."
+    def __missing__(self, t: type) -> tuple[type[Item], ...]:
+        self[t] = _kinds(t)
+        return self[t]
 
 
 def _kinds(t: type) -> tuple[type[Item], ...]:
