@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from itertools import count, islice
@@ -53,14 +53,20 @@ def no_trace(learn: Learner) -> Iterator[None]:
     autocast,python,numpy,torch_cpu = _Autocast(),random.getstate(),np.random.get_state(),torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    try: yield
-    finally:
-        tensors.restore(); attributes.restore(); autocast.restore()
+    def hooks_back():
         for d, was in hooks:  # a callback may attach some in `before_train`
             if d != was: d.clear(); d.update(was)
-        random.setstate(python); np.random.set_state(numpy); torch.set_rng_state(torch_cpu)
-        if cuda is not None: torch.cuda.set_rng_state_all(cuda)
-        if mps is not None: torch.mps.set_rng_state(mps)
+    with ExitStack() as last:  # what is noted first is done last, and each whatever becomes of the others
+        if mps is not None: last.callback(torch.mps.set_rng_state, mps)
+        if cuda is not None: last.callback(torch.cuda.set_rng_state_all, cuda)
+        last.callback(torch.set_rng_state, torch_cpu)
+        last.callback(np.random.set_state, numpy)
+        last.callback(random.setstate, python)
+        last.callback(hooks_back)
+        last.callback(autocast.restore)
+        last.callback(attributes.restore)
+        last.callback(tensors.restore)
+        yield
 
 
 def _reachable(roots: Iterable[Any]) -> list[Any]:

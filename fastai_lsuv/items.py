@@ -250,7 +250,7 @@ class TensorItem(Item):
 
     def write(self) -> None:
         now,was = _parts(self.of),_parts(self.was)
-        if self.shape in (None, self.of.shape) and len(now) == len(was) and all(map(_alike, now, was)):
+        if (self.shape is None or self.of.shape == self.shape) and len(now) == len(was) and all(map(_alike, now, was)):
             for to, of in zip(now, was): to.data.copy_(of)
         else:
             self.of.data = self.was.clone() if self.shape is None else self.was.clone().expand(self.shape)
