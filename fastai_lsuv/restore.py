@@ -138,12 +138,13 @@ class _Survey:
         self.but,self.tensors = but,tensors
         self.items: list[Item] = []
         self.kinds = _Kinds.fromkeys(_PLAIN, ())
-        self.seen: dict[int, Any] = {}  # by address; held, so that no address is used again
+        self.begun: set[int] = set()  # addresses of the objects whose attributes are remembered
+        self.seen: dict[int, Any] = {}  # all else by its address; held, so that no address is used again
         self.todo: deque[tuple] = deque()  # (thing, place, steps left, whether plain objects are opened, whether it is in one)
 
     def begin(self, name: str, o: Any) -> None:
         "Remember the attributes of `o`, and look at what they hold."
-        self.seen[id(o)] = o
+        self.begun.add(id(o))
         item = Attributes(o, name)
         self.items.append(item)
         if not isinstance(o, nn.Module):
@@ -160,7 +161,7 @@ class _Survey:
         self.seen[id(v)] = v
         for kind in self.kinds[type(v)]:
             opened = kind in _OPENED
-            if opened and not (opens and steps >= 2): continue
+            if opened and (not opens or steps < 2 or id(v) in self.begun): continue
             try:
                 if kind in _NUMBERS and self._left_alone(kind, v, inside): continue
                 item = kind(v, where)
