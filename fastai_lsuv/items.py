@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem', 'TupleItem', 'memory', 'same_tensor']
+__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem', 'TupleItem', 'memory', 'n_bytes', 'same_tensor']
 
 HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # Attributes of modules that belong to whoever registers the hooks
 
@@ -64,7 +64,7 @@ class Attributes(Item):
 
     def repairs(self) -> Iterator[tuple[Any, Callable[[], None]]]:
         now = self.read()
-        skip = HOOKS if isinstance(self.of, nn.Module) else ()
+        skip = HOOKS if issubclass(type(self.of), nn.Module) else ()
         for k in [*self.was, *(k for k in now if k not in self.was)]:
             v = self.was.get(k, _MISSING)
             if now.get(k, _MISSING) is not v and k not in skip: yield (self.where, k, True), lambda k=k, v=v: self.put(k, v)
@@ -277,6 +277,11 @@ def _parts(t: Tensor) -> list[Tensor]:
     if t.layout == torch.sparse_coo: return [t._indices(), t._values()]
     rows = [t.crow_indices(), t.col_indices()] if t.layout in (torch.sparse_csr, torch.sparse_bsr) else [t.ccol_indices(), t.row_indices()]
     return [*rows, t.values()]
+
+
+def n_bytes(t: Tensor) -> int:
+    "Memory that a copy of `t` takes."
+    return sum(p.numel()*p.element_size() for p in _parts(t))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool: return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .items import HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem, memory
+from .items import HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem, memory, n_bytes
 
 __all__ = ['RestoreError', 'put_back', 'survey']
 
 _PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}  # Nothing in these can change
-_STEPS = 4  # How far down is looked from an attribute: a collection takes one step, a plain object two
+_STEPS = 5  # How far down is looked from an attribute: a collection takes one step, a plain object two
 _MOST_THINGS = 100_000  # So many are looked at, the nearest first; what lies beyond is left alone
 _MOST_BYTES = 2**26  # Memory-mapped arrays, and arrays and tensors inside plain objects, are left alone above this size
 _SHALLOW = ('_parameters', '_modules')  # A model's modules are surveyed each by itself, its parameters copied by `Copies`
@@ -147,11 +147,11 @@ class _Survey:
         self.begun.add(id(o))
         item = Attributes(o, name)
         self.items.append(item)
-        if not isinstance(o, nn.Module):
+        if not issubclass(type(o), nn.Module):  # unlike `isinstance`, it runs no code of the object's
             self.queue(name, item.was.items(), True, _STEPS, False, False)
             return
         inner = [e for e in item.was.items() if e[0] not in _APART]
-        if isinstance(o, torch.jit.ScriptModule): inner += o._buffers.items()  # they lie outside Python
+        if issubclass(type(o), torch.jit.ScriptModule): inner += o._buffers.items()  # they lie outside Python
         self.queue(name, inner, True, _STEPS, True, False)
         for k in _SHALLOW: self.look(item.was.get(k), (name, k, True), 0, False, False)
 
@@ -182,7 +182,7 @@ class _Survey:
         "Whether a tensor or an array is not to be copied."
         if kind is TensorItem:
             if not self.tensors or is_lazy(v) or v.is_meta or memory(v) in self.but: return True
-            return inside and v.nbytes > _MOST_BYTES
+            return inside and n_bytes(v) > _MOST_BYTES
         if kind is ArrayItem:
             if not self.tensors or not v.flags.writeable: return True
             root = _root(v)
