@@ -11,6 +11,7 @@ import operator
 import pickle
 import random
 from collections import OrderedDict, deque
+from functools import partial
 from types import MappingProxyType, MemberDescriptorType
 from typing import Any, Callable, Iterable, Iterator
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem', 'TupleItem', 'memory', 'n_bytes', 'same_tensor']
+__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem', 'TupleItem',
+           'memory', 'n_bytes', 'same_tensor']
 
 HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # Attributes of modules that belong to whoever registers the hooks
 
@@ -67,7 +69,8 @@ class Attributes(Item):
         skip = HOOKS if issubclass(type(self.of), nn.Module) else ()
         for k in [*self.was, *(k for k in now if k not in self.was)]:
             v = self.was.get(k, _MISSING)
-            if now.get(k, _MISSING) is not v and k not in skip: yield (self.where, k, True), lambda k=k, v=v: self.put(k, v)
+            if now.get(k, _MISSING) is v or k in skip: continue
+            yield (self.where, k, True), partial(self.put, k, v)
 
     def put(self, k: str, v: Any) -> None:
         "Write or delete one attribute: in the `__dict__`, or else as that of any object is written."
@@ -88,11 +91,11 @@ class Slots(Item):
 
     def read(self) -> dict: return {d: _slot(d, self.of) for d in _slots(type(self.of))}
     def same(self) -> bool: return _same_entries(self.read(), self.was)
-    def entries(self) -> Iterable[tuple[str, Any]]: return ((d.__name__, v) for d, v in self.was.items() if v is not _MISSING)
+    def entries(self) -> Iterable[tuple[str, Any]]: return [(d.__name__, v) for d, v in self.was.items() if v is not _MISSING]
 
     def repairs(self) -> Iterator[tuple[Any, Callable[[], None]]]:
         for d, v in self.was.items():
-            if _slot(d, self.of) is not v: yield (self.where, d.__name__, True), lambda d=d, v=v: self.put(d, v)
+            if _slot(d, self.of) is not v: yield (self.where, d.__name__, True), partial(self.put, d, v)
 
     def put(self, d: MemberDescriptorType, v: Any) -> None:
         if v is _MISSING: d.__delete__(self.of)
@@ -207,8 +210,10 @@ class ArrayItem(Item):
     @property
     def array(self) -> np.ndarray: return np.ndarray.view(self.of, np.ndarray)
     def read(self) -> np.ndarray: return self.array.copy(order='K')
-    def entries(self) -> Iterable[tuple[int, Any]]: return enumerate(self.was.ravel()) if self.was.dtype == object and self.was.size <= _MOST_ENTRIES else ()
     def write(self) -> None: self.array[...] = self.was
+
+    def entries(self) -> Iterable[tuple[int, Any]]:
+        return enumerate(self.was.ravel()) if self.was.dtype == object and self.was.size <= _MOST_ENTRIES else ()
 
     def same(self) -> bool:
         now,was = self.array,self.was
@@ -219,7 +224,7 @@ class GeneratorItem(Item):
     "A random generator; its state is kept as bytes."
     __slots__ = ()
     functions = {  # which get and set the state
-        torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+        torch.Generator: (lambda g: g.get_state().numpy(), lambda g, state: g.set_state(torch.from_numpy(state))),
         random.Random: (random.Random.getstate, random.Random.setstate),
         np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
         np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, 'state', state))}
@@ -259,7 +264,8 @@ class TensorItem(Item):
 
 def _is_plain(t: Tensor) -> bool:
     "Whether `t` is one piece of memory seen through strides."
-    return t.layout == torch.strided and not t.is_nested and (type(t) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(t))
+    if t.layout != torch.strided or t.is_nested: return False
+    return type(t) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(t)
 
 
 def _once(t: Tensor) -> Tensor:
@@ -271,12 +277,13 @@ def _once(t: Tensor) -> Tensor:
 def _parts(t: Tensor) -> list[Tensor]:
     "The tensors in plain memory that hold what `t` holds, each of their elements once."
     if _is_plain(t): return [_once(t)]
-    if is_traceable_wrapper_subclass(t): return [p for name in t.__tensor_flatten__()[0] for p in _parts(getattr(t, name))]
+    if is_traceable_wrapper_subclass(t):
+        return [p for name in t.__tensor_flatten__()[0] for p in _parts(getattr(t, name))]
     t = t.detach()
     if t.is_nested: return [t.values(), t._nested_tensor_size()]
     if t.layout == torch.sparse_coo: return [t._indices(), t._values()]
-    rows = [t.crow_indices(), t.col_indices()] if t.layout in (torch.sparse_csr, torch.sparse_bsr) else [t.ccol_indices(), t.row_indices()]
-    return [*rows, t.values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr): return [t.crow_indices(), t.col_indices(), t.values()]
+    return [t.ccol_indices(), t.row_indices(), t.values()]
 
 
 def n_bytes(t: Tensor) -> int:

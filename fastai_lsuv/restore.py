@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
@@ -71,7 +72,7 @@ def _repairs(item: Item) -> Iterable[tuple[Any, Callable[[], None]]]:
         if item.same(): return ()
     except Exception: pass
     try: return list(item.repairs())
-    except Exception as e: return [(item.where, lambda e=e: _raise(e))]
+    except Exception as e: return [(item.where, partial(_raise, e))]
 
 
 def _raise(e: BaseException) -> None: raise e
