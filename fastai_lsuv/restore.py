@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .items import (HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem, memory,
-                    n_bytes)
+from .items import (HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem,
+                    memory, n_bytes)
 
 __all__ = ['RestoreError', 'put_back', 'survey']
 
-_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}  # These cannot change
+# Types of what cannot change.
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
 _STEPS = 5  # How far down is looked from an attribute: a collection takes one step, a plain object two
 _MOST_THINGS = 100_000  # So many are looked at, the nearest first; what lies beyond is left alone
 _MOST_BYTES = 2**26  # Memory-mapped arrays, and arrays and tensors inside plain objects, are left alone above this size
@@ -32,8 +33,9 @@ _APART = HOOKS.union(_SHALLOW)
 _OPENED,_NUMBERS,_FIXED = (Attributes, Slots),(TensorItem, ArrayItem),(TupleItem, FrozenSetItem, ProxyItem)
 
 # Objects of these packages run threads, or stand for something outside. They are not opened.
-_OPAQUE = {'asyncio', 'concurrent', 'contextlib', 'contextvars', 'ctypes', 'enum', 'functools', 'io', 'logging',
-           'multiprocessing', 'numpy', 'pandas', 'pathlib', 'queue', 'socket', 'ssl', 'subprocess', 'threading', 'unittest', 'weakref'}
+_OPAQUE = {'asyncio', 'concurrent', 'contextlib', 'contextvars', 'ctypes', 'enum', 'functools', 'io',
+           'logging', 'multiprocessing', 'numpy', 'pandas', 'pathlib', 'queue', 'socket', 'ssl', 'subprocess',
+           'threading', 'unittest', 'weakref'}
 
 
 class RestoreError(RuntimeError):
@@ -46,7 +48,7 @@ class RestoreError(RuntimeError):
 
 def put_back(
     items: Iterable[Item],  # What to put back, in this order
-    beside: BaseException | None = None  # An exception on its way: it stays the one raised, and gets a note of what fails
+    beside: BaseException | None = None  # An exception on its way, which gets a note of what fails
 ) -> None:
     """Make all `items` hold what they held. Those that cannot are named in one `RestoreError`, once all others do.
 
@@ -145,7 +147,7 @@ class _Survey:
         self.kinds = _Kinds.fromkeys(_PLAIN, ())
         self.begun: set[int] = set()  # addresses of the objects whose attributes are remembered
         self.seen: dict[int, Any] = {}  # all else by its address; held, so that no address is used again
-        self.todo: deque[tuple] = deque()  # (thing, place, steps left, whether objects are opened, whether it is in one)
+        self.todo: deque[tuple] = deque()  # (thing, place, steps left, whether objects are opened, whether in one)
 
     def begin(self, name: str, o: Any) -> None:
         "Remember the attributes of `o`, and look at what they hold."
@@ -176,7 +178,7 @@ class _Survey:
             if steps and (inner := item.entries()):
                 self.queue(where, inner, opened, steps - 1 - opened, opens, inside or opened)
 
-    def queue(self, where: Any, inner: Iterable[tuple], is_attribute: bool, steps: int, opens: bool, inside: bool) -> None:
+    def queue(self, where: Any, inner: Iterable[tuple], is_attribute: bool, steps: int, opens: bool, inside: bool):
         "Note what is yet to be looked at: all but what cannot change."
         if len(self.todo) > _MOST_THINGS: return
         kinds,todo = self.kinds,self.todo

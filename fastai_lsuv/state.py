@@ -113,7 +113,7 @@ class _Large(Item):
     def same(self) -> bool: return self.of._version == self.was
 
     def write(self) -> None:
-        raise RuntimeError(f'the forward pass writes to this parameter, and its {self.of.numel():,} elements were not copied')
+        raise RuntimeError(f'the forward pass writes to it, and its {self.of.numel():,} elements were not copied')
 
 
 class _Parameters:
@@ -130,7 +130,8 @@ class _Parameters:
         self.memory = {memory(p) for p in (by_id | owned).values() if not is_lazy(p)} - {0}
         self.owned = Copies(owned.values(), self.names).items
         self.others = Copies((p for i, p in by_id.items() if i in suspects - owned.keys()), self.names).items
-        self.large = [_Large(p, self.names[i]) for i, p in by_id.items() if not (i in suspects or i in owned or p.is_inference())]
+        large = by_id.keys() - suspects - owned.keys()
+        self.large = [_Large(p, self.names[i]) for i, p in by_id.items() if i in large and not p.is_inference()]
         self.grads = [_Grad(p, f'{self.names[i]}.grad') for i, p in by_id.items() if p.is_leaf]
 
 
@@ -161,10 +162,10 @@ def preserved(
         for g in params.grads: g.of.grad = None
         yield
         weights = [(m, vars(m)['weight']) for m in computed if 'weight' in vars(m)]
-        put_back([*params.others, *rest, *_values(held), *params.grads])  # a value may live in an attribute: it comes after
+        put_back([*params.others, *rest, *_values(held), *params.grads])  # attributes first: values may live there
         for m, w in weights: vars(m)['weight'] = w
         if (written := [g.where for g in params.large if not g.same()]):
-            warnings.warn(f"the forward pass of the model writes these parameters, which are not put back: {', '.join(written)}")
+            warnings.warn(f"the forward pass writes to these parameters, which are not put back: {', '.join(written)}")
     except BaseException as e:
         put_back([*params.owned, *params.others, *rest, *values, *params.grads, *params.large], beside=e)
         raise

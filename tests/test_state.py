@@ -284,7 +284,8 @@ def read_only():
     return a
 
 
-REFUSERS = {'frozen dict': lambda: FrozenDict({f'k{i}': i for i in range(29)}), 'read-only array': read_only, 'array of no dimensions': lambda: np.array(1.5),
+REFUSERS = {'frozen dict': lambda: FrozenDict({f'k{i}': i for i in range(29)}), 'read-only array': read_only,
+            'array of no dimensions': lambda: np.array(1.5),
             'broadcast array': lambda: np.broadcast_to(np.zeros(1), (3, 3))}
 
 
@@ -347,7 +348,10 @@ class Bank(nn.Module):
     "Its forward writes to a parameter that is no unit's, as a memory bank does."
     def __init__(self, n, data=False):
         super().__init__()
-        self.lin, self.bank, self.data, self.fails = nn.Linear(4, 4), nn.Parameter(torch.zeros(n, 4), requires_grad=False), data, False
+        self.lin = nn.Linear(4, 4)
+        self.bank = nn.Parameter(torch.zeros(n, 4), requires_grad=False)
+        self.data = data
+        self.fails = False
 
     def forward(self, x):
         (self.bank.data if self.data else self.bank)[:8] = x[:8].detach()
@@ -366,11 +370,13 @@ def test_a_small_parameter_that_the_forward_writes(data):
 
 def test_a_large_parameter_that_the_forward_writes_is_named():
     model = Bank(2**14 + 1)
-    with pytest.warns(UserWarning, match=r'which are not put back: bank$'): assert lsuv_init(model, torch.randn(32, 4)).ok
+    with pytest.warns(UserWarning, match=r'which are not put back: bank$'): assert lsuv_init(model,
+                                                                                             torch.randn(32, 4)).ok
     assert model.bank[:8].any()
     model.fails, was = True, model.lin.weight.clone()
     with pytest.raises(ZeroDivisionError) as e: lsuv_init(model, torch.randn(32, 4))
-    assert torch.equal(model.lin.weight, was) and "could not put back: 'bank', the forward pass writes to this parameter" in ''.join(e.value.__notes__)
+    assert torch.equal(model.lin.weight, was)
+    assert "could not put back: 'bank', the forward pass writes to it" in ''.join(e.value.__notes__)
 
 
 def test_large_parameters_that_are_only_read_are_not_named():
