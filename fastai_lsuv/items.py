@@ -1,16 +1,19 @@
 """What one thing holds, and how it is made to hold that again.
 
-An `Item` remembers one thing: the attributes of an object, a collection, an array, a tensor or a random generator. Collections are
-compared by the identity of their entries, arrays and tensors by their bits, so no `__eq__` of unknown objects is called.
+An `Item` remembers one thing: the attributes of an object, a collection, an array, a tensor or a random generator.
+Collections are compared by the identity of their entries, arrays and tensors by their bits, so no `__eq__` of unknown
+objects is called.
 
-Things are read and written with the methods of the built-in base class. A subclass that refuses writes, or counts them, is put back
-all the same. `repairs` gives what has changed: where it is, and the function that writes it. What has not changed is not written."""
+Things are read and written with the methods of the built-in base class. A subclass that refuses writes, or counts
+them, is put back all the same. `repairs` gives what has changed: where it is, and the function that writes it. What
+has not changed is not written."""
 from __future__ import annotations
 
 import operator
 import pickle
 import random
 from collections import OrderedDict, deque
+from functools import partial
 from types import MappingProxyType, MemberDescriptorType
 from typing import Any, Callable, Iterable, Iterator
 
@@ -19,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem', 'TupleItem', 'memory', 'n_bytes', 'same_tensor']
+__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem',
+           'TupleItem', 'memory', 'n_bytes', 'same_tensor']
 
-HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # Attributes of modules that belong to whoever registers the hooks
+HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # They belong to whoever registers the hooks
 
 _MOST_ENTRIES = 1000  # A longer collection is copied and compared as a whole; its entries are not looked into
 _INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes an element takes
@@ -67,7 +71,8 @@ class Attributes(Item):
         skip = HOOKS if issubclass(type(self.of), nn.Module) else ()
         for k in [*self.was, *(k for k in now if k not in self.was)]:
             v = self.was.get(k, _MISSING)
-            if now.get(k, _MISSING) is not v and k not in skip: yield (self.where, k, True), lambda k=k, v=v: self.put(k, v)
+            if now.get(k, _MISSING) is v or k in skip: continue
+            yield (self.where, k, True), partial(self.put, k, v)
 
     def put(self, k: str, v: Any) -> None:
         "Write or delete one attribute: in the `__dict__`, or else as that of any object is written."
@@ -88,11 +93,13 @@ class Slots(Item):
 
     def read(self) -> dict: return {d: _slot(d, self.of) for d in _slots(type(self.of))}
     def same(self) -> bool: return _same_entries(self.read(), self.was)
-    def entries(self) -> Iterable[tuple[str, Any]]: return ((d.__name__, v) for d, v in self.was.items() if v is not _MISSING)
+
+    def entries(self) -> Iterable[tuple[str, Any]]:
+        return [(d.__name__, v) for d, v in self.was.items() if v is not _MISSING]
 
     def repairs(self) -> Iterator[tuple[Any, Callable[[], None]]]:
         for d, v in self.was.items():
-            if _slot(d, self.of) is not v: yield (self.where, d.__name__, True), lambda d=d, v=v: self.put(d, v)
+            if _slot(d, self.of) is not v: yield (self.where, d.__name__, True), partial(self.put, d, v)
 
     def put(self, d: MemberDescriptorType, v: Any) -> None:
         if v is _MISSING: d.__delete__(self.of)
@@ -152,7 +159,8 @@ class ListItem(Item):
     def write(self) -> None: list.__setitem__(self.of, slice(None), self.was)
 
     def same(self) -> bool:
-        return self.base.__len__(self.of) == len(self.was) and all(map(operator.is_, self.base.__iter__(self.of), self.was))
+        if self.base.__len__(self.of) != len(self.was): return False
+        return all(map(operator.is_, self.base.__iter__(self.of), self.was))
 
 
 class DequeItem(ListItem):
@@ -207,8 +215,10 @@ class ArrayItem(Item):
     @property
     def array(self) -> np.ndarray: return np.ndarray.view(self.of, np.ndarray)
     def read(self) -> np.ndarray: return self.array.copy(order='K')
-    def entries(self) -> Iterable[tuple[int, Any]]: return enumerate(self.was.ravel()) if self.was.dtype == object and self.was.size <= _MOST_ENTRIES else ()
     def write(self) -> None: self.array[...] = self.was
+
+    def entries(self) -> Iterable[tuple[int, Any]]:
+        return enumerate(self.was.ravel()) if self.was.dtype == object and self.was.size <= _MOST_ENTRIES else ()
 
     def same(self) -> bool:
         now,was = self.array,self.was
@@ -219,10 +229,11 @@ class GeneratorItem(Item):
     "A random generator; its state is kept as bytes."
     __slots__ = ()
     functions = {  # which get and set the state
-        torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+        torch.Generator: (lambda g: g.get_state().numpy(), lambda g, state: g.set_state(torch.from_numpy(state))),
         random.Random: (random.Random.getstate, random.Random.setstate),
         np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
-        np.random.Generator: (lambda g: g.bit_generator.state, lambda g, state: setattr(g.bit_generator, 'state', state))}
+        np.random.Generator: (lambda g: g.bit_generator.state,
+                              lambda g, state: setattr(g.bit_generator, 'state', state))}
 
     def _functions(self) -> tuple: return next(f for c, f in self.functions.items() if isinstance(self.of, c))
     def read(self) -> bytes: return pickle.dumps(self._functions()[0](self.of))
@@ -233,8 +244,8 @@ class GeneratorItem(Item):
 class TensorItem(Item):
     """A tensor, compared by its bits.
 
-    It is written unseen by autograd. An expanded tensor is copied once, not once for each place where its memory shows. A tensor
-    that was given other memory, of another shape or type, is given memory as it had."""
+    It is written unseen by autograd. An expanded tensor is copied once, not once for each place where its memory
+    shows. A tensor that was given other memory, of another shape or type, is given memory as it had."""
     __slots__ = 'shape',
 
     def __init__(self, of: Tensor, where: Any, was: Tensor | None = None):
@@ -259,7 +270,8 @@ class TensorItem(Item):
 
 def _is_plain(t: Tensor) -> bool:
     "Whether `t` is one piece of memory seen through strides."
-    return t.layout == torch.strided and not t.is_nested and (type(t) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(t))
+    if t.layout != torch.strided or t.is_nested: return False
+    return type(t) in (Tensor, nn.Parameter) or not is_traceable_wrapper_subclass(t)
 
 
 def _once(t: Tensor) -> Tensor:
@@ -271,12 +283,13 @@ def _once(t: Tensor) -> Tensor:
 def _parts(t: Tensor) -> list[Tensor]:
     "The tensors in plain memory that hold what `t` holds, each of their elements once."
     if _is_plain(t): return [_once(t)]
-    if is_traceable_wrapper_subclass(t): return [p for name in t.__tensor_flatten__()[0] for p in _parts(getattr(t, name))]
+    if is_traceable_wrapper_subclass(t):
+        return [p for name in t.__tensor_flatten__()[0] for p in _parts(getattr(t, name))]
     t = t.detach()
     if t.is_nested: return [t.values(), t._nested_tensor_size()]
     if t.layout == torch.sparse_coo: return [t._indices(), t._values()]
-    rows = [t.crow_indices(), t.col_indices()] if t.layout in (torch.sparse_csr, torch.sparse_bsr) else [t.ccol_indices(), t.row_indices()]
-    return [*rows, t.values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr): return [t.crow_indices(), t.col_indices(), t.values()]
+    return [t.ccol_indices(), t.row_indices(), t.values()]
 
 
 def n_bytes(t: Tensor) -> int:
@@ -298,13 +311,14 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 def memory(t: Tensor) -> int:
-    "Address of the memory that a tensor is a view of (0 if it is empty), or of the tensor itself if it has none of its own."
+    """Address of the memory that a tensor is a view of (0 if it is empty), or of the tensor itself if it has none of
+    its own."""
     if t.layout != torch.strided: return id(t)
     try: return t.untyped_storage().data_ptr()
     except RuntimeError: return id(t)
 
 
 # How each kind of thing is remembered; the first base class counts.
-KINDS = {Tensor: TensorItem, np.ndarray: ArrayItem, OrderedDict: OrderedDictItem, dict: DictItem, list: ListItem, set: SetItem,
-         deque: DequeItem, tuple: TupleItem, frozenset: FrozenSetItem, MappingProxyType: ProxyItem,
+KINDS = {Tensor: TensorItem, np.ndarray: ArrayItem, OrderedDict: OrderedDictItem, dict: DictItem, list: ListItem,
+         set: SetItem, deque: DequeItem, tuple: TupleItem, frozenset: FrozenSetItem, MappingProxyType: ProxyItem,
          **dict.fromkeys(GeneratorItem.functions, GeneratorItem)}

@@ -1,8 +1,8 @@
 """What some objects hold is found, and put back so that it cannot half-fail.
 
-`survey` goes through the attributes of objects, and what these hold, nearest first, and gives an `Item` for each thing that can
-change. `put_back` takes items and writes those that have changed, one by one. An item that fails stops no other; all that failed are
-named in one `RestoreError` at the end. Ctrl-C waits until then."""
+`survey` goes through the attributes of objects, and what these hold, nearest first, and gives an `Item` for each thing
+that can change. `put_back` takes items and writes those that have changed, one by one. An item that fails stops no
+other; all that failed are named in one `RestoreError` at the end. Ctrl-C waits until then."""
 from __future__ import annotations
 
 import mmap
@@ -10,6 +10,7 @@ import signal
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
@@ -17,21 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .items import HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem, memory, n_bytes
+from .items import (HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem,
+                    memory, n_bytes)
 
 __all__ = ['RestoreError', 'put_back', 'survey']
 
-_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}  # Nothing in these can change
+# Types of what cannot change.
+_PLAIN = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
 _STEPS = 5  # How far down is looked from an attribute: a collection takes one step, a plain object two
 _MOST_THINGS = 100_000  # So many are looked at, the nearest first; what lies beyond is left alone
 _MOST_BYTES = 2**26  # Memory-mapped arrays, and arrays and tensors inside plain objects, are left alone above this size
-_SHALLOW = ('_parameters', '_modules')  # A model's modules are surveyed each by itself, its parameters copied by `Copies`
+_SHALLOW = ('_parameters', '_modules')  # `Copies` copies parameters; each module is surveyed by itself
 _APART = HOOKS.union(_SHALLOW)
 _OPENED,_NUMBERS,_FIXED = (Attributes, Slots),(TensorItem, ArrayItem),(TupleItem, FrozenSetItem, ProxyItem)
 
 # Objects of these packages run threads, or stand for something outside. They are not opened.
-_OPAQUE = {'asyncio', 'concurrent', 'contextlib', 'contextvars', 'ctypes', 'enum', 'functools', 'io', 'logging', 'multiprocessing',
-           'numpy', 'pandas', 'pathlib', 'queue', 'socket', 'ssl', 'subprocess', 'threading', 'unittest', 'weakref'}
+_OPAQUE = {'asyncio', 'concurrent', 'contextlib', 'contextvars', 'ctypes', 'enum', 'functools', 'io',
+           'logging', 'multiprocessing', 'numpy', 'pandas', 'pathlib', 'queue', 'socket', 'ssl', 'subprocess',
+           'threading', 'unittest', 'weakref'}
 
 
 class RestoreError(RuntimeError):
@@ -44,7 +48,7 @@ class RestoreError(RuntimeError):
 
 def put_back(
     items: Iterable[Item],  # What to put back, in this order
-    beside: BaseException | None = None  # An exception on its way, which is to stay the one raised; what fails becomes a note to it
+    beside: BaseException | None = None  # An exception on its way, which gets a note of what fails
 ) -> None:
     """Make all `items` hold what they held. Those that cannot are named in one `RestoreError`, once all others do.
 
@@ -66,19 +70,21 @@ def put_back(
 
 
 def _repairs(item: Item) -> Iterable[tuple[Any, Callable[[], None]]]:
-    "The writes that `item` needs. What cannot be compared counts as changed; what keeps the writes from being found is one that fails."
+    """The writes that `item` needs. What cannot be compared counts as changed; what keeps the writes from being found
+    is one that fails."""
     try:
         if item.same(): return ()
     except Exception: pass
     try: return list(item.repairs())
-    except Exception as e: return [(item.where, lambda e=e: _raise(e))]
+    except Exception as e: return [(item.where, partial(_raise, e))]
 
 
 def _raise(e: BaseException) -> None: raise e
 
 
 def _note(e: BaseException, error: RestoreError) -> None:
-    "Tell of `error` beside `e`, unless `e` says the same: in a note, where Python has notes, or as what was raised before it."
+    """Tell of `error` beside `e`, unless `e` says the same: in a note, where Python has notes, or as what was raised
+    before it."""
     if str(e) == str(error): return
     if hasattr(e, 'add_note'): e.add_note(str(error))
     else: error.__context__,e.__context__ = e.__context__,error
@@ -122,7 +128,8 @@ def survey(
 ) -> list[Item]:
     """Items for the attributes of objects, and for what is in them: collections, generators, tensors and arrays.
 
-    Plain objects that a module holds are opened too: a tracker with a counter, and what it holds. What cannot be read is left alone."""
+    Plain objects that a module holds are opened too: a tracker with a counter, and what it holds. What cannot be read
+    is left alone."""
     s = _Survey(but, tensors)
     with torch._C.DisableTorchFunctionSubclass():
         for name, o in named: s.begin(name, o)
@@ -140,7 +147,7 @@ class _Survey:
         self.kinds = _Kinds.fromkeys(_PLAIN, ())
         self.begun: set[int] = set()  # addresses of the objects whose attributes are remembered
         self.seen: dict[int, Any] = {}  # all else by its address; held, so that no address is used again
-        self.todo: deque[tuple] = deque()  # (thing, place, steps left, whether plain objects are opened, whether it is in one)
+        self.todo: deque[tuple] = deque()  # (thing, place, steps left, whether objects are opened, whether in one)
 
     def begin(self, name: str, o: Any) -> None:
         "Remember the attributes of `o`, and look at what they hold."
@@ -168,9 +175,10 @@ class _Survey:
             except (MemoryError, torch.OutOfMemoryError): raise
             except Exception: continue
             if kind not in _FIXED: self.items.append(item)
-            if steps and (inner := item.entries()): self.queue(where, inner, opened, steps - 1 - opened, opens, inside or opened)
+            if steps and (inner := item.entries()):
+                self.queue(where, inner, opened, steps - 1 - opened, opens, inside or opened)
 
-    def queue(self, where: Any, inner: Iterable[tuple[Any, Any]], is_attribute: bool, steps: int, opens: bool, inside: bool) -> None:
+    def queue(self, where: Any, inner: Iterable[tuple], is_attribute: bool, steps: int, opens: bool, inside: bool):
         "Note what is yet to be looked at: all but what cannot change."
         if len(self.todo) > _MOST_THINGS: return
         kinds,todo = self.kinds,self.todo

@@ -1,8 +1,8 @@
 """What a pass must leave as it was: modes, buffers, hidden state; and, when it fails, the weights.
 
-`Snapshot` remembers the attributes of objects and all that they hold, `Copies` the numbers in parameters. Both are lists of items,
-which `put_back` writes back one by one. `preserved` takes both before a pass over a model, and puts back after it what the pass was
-not to change."""
+`Snapshot` remembers the attributes of objects and all that they hold, `Copies` the numbers in parameters. Both are
+lists of items, which `put_back` writes back one by one. `preserved` takes both before a pass over a model, and puts
+back after it what the pass was not to change."""
 from __future__ import annotations
 
 import warnings
@@ -12,25 +12,25 @@ from typing import Any, Iterable, Iterator, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from .items import Item, TensorItem, memory, same_tensor
 from .restore import RestoreError, put_back, survey
 
-__all__ = ['Copies', 'RestoreError', 'Snapshot', 'Value', 'memory', 'preserved', 'train_without_dropout']
+__all__ = ['Copies', 'RestoreError', 'Snapshot', 'Value', 'memory', 'preserved']
 
 _SMALL = 2**16  # Parameters of no more elements are copied without asking what they are for
 
 
 class Snapshot:
-    """The attributes of some objects, with what their collections and generators hold, and (of modules, say) their tensors.
+    """The attributes of some objects, with what their collections and generators hold, and (of modules, say) their
+    tensors.
 
-    The parameters of a module are left to `Copies`, its hooks to whoever registers them. Modules also have the plain objects that they
-    hold opened. See `survey` for how far it goes."""
+    The parameters of a module are left to `Copies`, its hooks to whoever registers them. Modules also have the plain
+    objects that they hold opened. See `survey` for how far it goes."""
     def __init__(self,
         objects: Iterable[Any],
-        but: set[int] = frozenset(),  # Addresses of memory that is to keep what is written to it: an attribute may be a view of a parameter
+        but: set[int] = frozenset(),  # Addresses of memory that keeps what is written to it, such as that of parameters
         tensors: bool = True,  # Whether to copy tensors and arrays, or only to remember which they were
         names: Iterable[str] | None = None  # What error messages call the objects; their types, if not given
     ):
@@ -46,8 +46,9 @@ class Snapshot:
 class Copies:
     """Copies of parameters.
 
-    Those on the CPU lie in one array of numpy's, which comes in huge pages where the system has them. As tensors of their own
-    they take the place of memory that the model is used to run in, and page faults cost its passes more than the copy."""
+    Those on the CPU lie in one array of numpy's, which comes in huge pages where the system has them. As tensors of
+    their own they take the place of memory that the model is used to run in, and page faults cost its passes more than
+    the copy."""
     def __init__(self,
         params: Iterable[nn.Parameter],
         names: dict[int, str] | None = None  # What error messages call them, by `id`
@@ -64,13 +65,15 @@ class Copies:
         put_back(self.items)
 
 
-def _copied(v: Tensor, room: Tensor) -> Tensor: return room[:v.nbytes].view(v.dtype).as_strided(v.shape, v.stride()).copy_(v)
+def _copied(v: Tensor, room: Tensor) -> Tensor:
+    return room[:v.nbytes].view(v.dtype).as_strided(v.shape, v.stride()).copy_(v)
 
 
 def _is_plain_cpu(t: Tensor) -> bool:
     "Whether `t` is a tensor of floats on the CPU whose elements lie side by side in memory, in whatever order."
-    return (type(t) is Tensor and t.device.type == 'cpu' and t.layout == torch.strided and not t.is_nested and t.is_floating_point()
-            and sum((n - 1)*s for n, s in zip(t.shape, t.stride())) == t.numel() - 1 and all(s for n, s in zip(t.shape, t.stride()) if n > 1))
+    if type(t) is not Tensor or t.device.type != 'cpu' or t.layout != torch.strided or t.is_nested: return False
+    strides = [(n, s) for n, s in zip(t.shape, t.stride()) if n != 1]
+    return t.is_floating_point() and all(s for _, s in strides) and sum((n - 1)*s for n, s in strides) == t.numel() - 1
 
 
 class Value(Protocol):
@@ -101,14 +104,15 @@ class _Grad(Item):
 
 
 class _Large(Item):
-    "A parameter too large to be copied on suspicion. Its version tells of most writes, though not of those through `.data`."
+    """A parameter too large to be copied on suspicion. Its version tells of most writes, though not of those through
+    `.data`."""
     __slots__ = ()
 
     def read(self) -> int: return self.of._version
     def same(self) -> bool: return self.of._version == self.was
 
     def write(self) -> None:
-        raise RuntimeError(f'the forward pass writes to this parameter; its {self.of.numel():,} elements were too many to copy on suspicion')
+        raise RuntimeError(f'the forward pass writes to it, and its {self.of.numel():,} elements were not copied')
 
 
 class _Parameters:
@@ -125,12 +129,14 @@ class _Parameters:
         self.memory = {memory(p) for p in (by_id | owned).values() if not is_lazy(p)} - {0}
         self.owned = Copies(owned.values(), self.names).items
         self.others = Copies((p for i, p in by_id.items() if i in suspects - owned.keys()), self.names).items
-        self.large = [_Large(p, self.names[i]) for i, p in by_id.items() if i not in suspects | owned.keys() and not p.is_inference()]
+        large = by_id.keys() - suspects - owned.keys()
+        self.large = [_Large(p, self.names[i]) for i, p in by_id.items() if i in large and not p.is_inference()]
         self.grads = [_Grad(p, f'{self.names[i]}.grad') for i, p in by_id.items() if p.is_leaf]
 
 
 def _may_be_written(m: nn.Module, p: nn.Parameter) -> bool:
-    "Whether `m` may write to its own parameter as it runs: an embedding to keep its norm, a small one to take its start from data."
+    """Whether `m` may write to its own parameter as it runs: an embedding to keep its norm, a small one to take its
+    start from data."""
     return getattr(m, 'max_norm', None) is not None or p.numel() <= _SMALL
 
 
@@ -139,14 +145,14 @@ def preserved(
     model: nn.Module,
     owned: Iterable[nn.Parameter],  # Weights and biases, which may change
     held: Iterable[Value] = (),  # Values that may change, too
-    computed: Iterable[nn.Module] = ()  # Layers whose `weight` may be computed by a hook; it stays that of the last forward
+    computed: Iterable[nn.Module] = ()  # A `weight` that a hook computes on these stays that of the last forward
 ) -> Iterator[None]:
-    """Leave everything but `owned` and `held` as it was: module modes, buffers, hidden state and other attributes, and the gradients,
-    to which a model may add by a `backward` of its own.
+    """Leave everything but `owned` and `held` as it was: module modes, buffers, hidden state and other attributes, and
+    the gradients, to which a model may add by a `backward` of its own.
 
-    If anything is raised inside, Ctrl-C included, these are put back too, weights first. What cannot be put back is named in a
-    `RestoreError`, or in a note to what was raised. A large parameter that is not owned is not copied; if it is written, a warning
-    names it."""
+    If anything is raised inside, Ctrl-C included, these are put back too, weights first. What cannot be put back is
+    named in a `RestoreError`, or in a note to what was raised. A large parameter that is not owned is not copied; if
+    it is written, a warning names it."""
     named,held = list(model.named_modules()),list(held)
     params = _Parameters(named, owned)
     rest = Snapshot([m for _, m in named], params.memory, names=[n for n, _ in named]).items
@@ -155,22 +161,14 @@ def preserved(
         for g in params.grads: g.of.grad = None
         yield
         weights = [(m, vars(m)['weight']) for m in computed if 'weight' in vars(m)]
-        put_back([*params.others, *rest, *_values(held), *params.grads])  # a value may live in an attribute: it comes later
+        put_back([*params.others, *rest, *_values(held), *params.grads])  # attributes first: values may live there
         for m, w in weights: vars(m)['weight'] = w
         if (written := [g.where for g in params.large if not g.same()]):
-            warnings.warn(f"the model writes these parameters in its forward pass, and they are not put back: {', '.join(written)}")
+            warnings.warn(f"the forward pass writes to these parameters, which are not put back: {', '.join(written)}")
     except BaseException as e:
         put_back([*params.owned, *params.others, *rest, *values, *params.grads, *params.large], beside=e)
         raise
 
 
-def _values(held: list[Value]) -> list[Item]: return [_ValueItem(v, str(getattr(v, 'name', type(v).__name__))) for v in held]
-
-
-def train_without_dropout(model: nn.Module) -> None:
-    "Put `model` in the mode it trains in, batch statistics and all, less the randomness of dropout. `preserved` undoes it."
-    model.train()
-    for m in model.modules():
-        if isinstance(m, _DropoutNd): m.p = 0.  # some read `p` rather than call the module
-        elif isinstance(m, (nn.MultiheadAttention, nn.RNNBase)): m.dropout = 0.
-        elif any(s in type(m).__name__ for s in ('Drop', 'Stochastic')): m.training = False  # DropPath, StochasticDepth, WeightDropout, ...
+def _values(held: list[Value]) -> list[Item]:
+    return [_ValueItem(v, str(getattr(v, 'name', type(v).__name__))) for v in held]

@@ -1,7 +1,7 @@
 "What `lsuv_init` and `layer_stats` leave as it was: all but weights and biases when they succeed, all of it when they fail."
 import random
 import warnings
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv.state import RestoreError, preserved
 
 
 class Stateful(nn.Module):
@@ -254,3 +255,182 @@ def test_weights_made_in_inference_mode_are_put_back():
         with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, torch.randn(64, 6), preinit=preinit)
         hook.remove()
         assert fingerprint(model) == was
+
+
+# --- a restore that cannot half-fail
+
+class FrozenDict(OrderedDict):
+    "As `diffusers` keeps the config of every model."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for key, value in self.items(): setattr(self, key, value)
+        self.__frozen = True
+
+    def _refuse(self, *args, **kwargs): raise Exception(f"You cannot use it on a {type(self).__name__} instance.")
+    __delitem__ = setdefault = pop = update = _refuse
+
+    def __setattr__(self, name, value):
+        if hasattr(self, '__frozen'): self._refuse()
+        super().__setattr__(name, value)
+
+    def __setitem__(self, name, value):
+        if hasattr(self, '_FrozenDict__frozen'): self._refuse()
+        super().__setitem__(name, value)
+
+
+def read_only():
+    a = np.arange(3.)
+    a.flags.writeable = False
+    return a
+
+
+REFUSERS = {'frozen dict': lambda: FrozenDict({f'k{i}': i for i in range(29)}), 'read-only array': read_only,
+            'array of no dimensions': lambda: np.array(1.5),
+            'broadcast array': lambda: np.broadcast_to(np.zeros(1), (3, 3))}
+
+
+@pytest.mark.parametrize('fails', [False, True])
+@pytest.mark.parametrize('kind', REFUSERS)
+def test_an_attribute_that_refuses_writes(kind, fails):
+    "It made `lsuv_init` raise, left the config empty and the weights changed."
+    model, x = stateful()
+    model.conv.refuser = model.refuser = refuser = REFUSERS[kind]()
+    def add(m, args, out): m.refuser += 1
+    if kind == 'array of no dimensions': model.conv.register_forward_hook(add)
+    if fails: model.head.register_forward_hook(lambda *args: 1/0)
+    was, params = fingerprint(model, weights=False), [contents(p) for p in model.parameters()]
+    if fails:
+        with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, x, modules=MODULES)
+    else: assert quietly(lsuv_init, model, x, modules=MODULES)['conv'].status == 'ok'
+    now = fingerprint(model, weights=False)
+    for m in (was, now): del m['old']['weight']
+    assert now == was and (params == [contents(p) for p in model.parameters()]) == fails and model.refuser is refuser
+    assert kind != 'frozen dict' or list(refuser.items()) == [(f'k{i}', i) for i in range(29)]
+
+
+def sealed_by_the_forward():
+    "A model whose forward writes to an array, and then seals it."
+    def forward(self, x):
+        if self.seen.flags.writeable: self.seen += 1; self.seen.flags.writeable = False
+        self.log.append(1); self.norm(x)
+        if self.fails: raise ZeroDivisionError('of the forward')
+        return self.lin(x)
+    return Mod(forward, lin=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), seen=np.zeros(2), log=[], fails=False)
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back(fails):
+    model = sealed_by_the_forward()
+    model.fails = fails
+    was = fingerprint(model)
+    with pytest.raises(ZeroDivisionError if fails else RestoreError) as e: lsuv_init(model, torch.randn(32, 4) + 3)
+    said = ''.join(getattr(e.value, '__notes__', [])) + str(e.value.__context__) if fails else str(e.value)
+    assert "could not put back: 'seen', " in said and '(ValueError). All else is as it was.' in said
+    now = fingerprint(model)
+    assert now['']['seen'] != was['']['seen']
+    del was['']['seen'], now['']['seen']
+    assert now == was
+
+
+def test_an_interrupt_in_the_restore_after_success_puts_the_weights_back_too(monkeypatch):
+    from fastai_lsuv import state
+    model, x = stateful()
+    was, put_back = fingerprint(model), state.put_back
+    def interrupted(items, beside=None):
+        put_back(items, beside)
+        if beside is None: raise KeyboardInterrupt
+    monkeypatch.setattr(state, 'put_back', interrupted)
+    with pytest.raises(KeyboardInterrupt): quietly(lsuv_init, model, x, modules=MODULES)
+    assert fingerprint(model) == was
+
+
+class Bank(nn.Module):
+    "Its forward writes to a parameter that is no unit's, as a memory bank does."
+    def __init__(self, n, data=False):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.bank = nn.Parameter(torch.zeros(n, 4), requires_grad=False)
+        self.data = data
+        self.fails = False
+
+    def forward(self, x):
+        (self.bank.data if self.data else self.bank)[:8] = x[:8].detach()
+        if self.fails: raise ZeroDivisionError
+        return self.lin(x)
+
+
+@pytest.mark.parametrize('data', [False, True])
+def test_a_small_parameter_that_the_forward_writes(data):
+    model = Bank(2**14, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert lsuv_init(model, torch.randn(32, 4)).ok
+    assert not model.bank.any()
+
+
+def test_a_large_parameter_that_the_forward_writes_is_named():
+    model = Bank(2**14 + 1)
+    with pytest.warns(UserWarning, match=r'which are not put back: bank$'): assert lsuv_init(model,
+                                                                                             torch.randn(32, 4)).ok
+    assert model.bank[:8].any()
+    model.fails, was = True, model.lin.weight.clone()
+    with pytest.raises(ZeroDivisionError) as e: lsuv_init(model, torch.randn(32, 4))
+    assert torch.equal(model.lin.weight, was)
+    assert "could not put back: 'bank', the forward pass writes to it" in ''.join(e.value.__notes__)
+
+
+def test_large_parameters_that_are_only_read_are_not_named():
+    model = nn.Sequential(nn.Linear(300, 300), nn.LayerNorm(300), nn.Linear(300, 300, bias=False))
+    with torch.inference_mode(): model.append(nn.Linear(300, 300))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with preserved(model, [], []), torch.no_grad(): model(torch.randn(4, 300))
+
+
+class Behind:
+    "A value behind something: how often it was assigned is counted."
+    def __init__(self, value): self.value, self.assigned = value, 0
+    def copy(self): return self.value.clone() if isinstance(self.value, torch.Tensor) else self.value
+    def assign(self, value): self.value, self.assigned = value, self.assigned + 1
+
+
+@pytest.mark.parametrize('value', [1.5, torch.ones(2), 'x', None])
+def test_values_are_put_back_only_if_they_changed(value):
+    v = Behind(value)
+    with preserved(nn.Linear(2, 2), [], [v]): v.value = 7.
+    assert v.value == 7. and v.assigned == 0
+    with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]): raise KeyError
+    assert v.assigned == 0
+    v.value = value
+    with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]):
+        v.value = 8.
+        raise KeyError
+    assert v.assigned == 1 and v.value is value or torch.equal(v.value, value)
+
+
+def test_owned_weights_come_first_and_gradients_stay():
+    model, order = nn.Linear(2, 2), []
+    model.weight.grad = grad = torch.ones(2, 2)
+    was = model.weight.detach().clone()
+    class Last(Behind):
+        def assign(self, value): order.append(torch.equal(model.weight, was))
+    v = Last(1.)
+    with pytest.raises(KeyError), preserved(model, [model.weight], [v]):
+        assert model.weight.grad is None
+        model.weight.data += 1
+        v.value = 2.
+        raise KeyError
+    assert order == [True] and model.weight.grad is grad
+    with preserved(model, [model.weight], []): model.weight.data += 1; model.bias.data += 1
+    assert torch.equal(model.weight, was + 1) and model.weight.grad is grad and abs(model.bias).max() < 1
+
+
+def test_a_million_entries_and_a_plain_object():
+    class Tracker:
+        def __init__(self): self.n, self.seen = 0, []
+    def forward(self, x):
+        self.long[0] = 1; self.tracker.n += 1; self.tracker.seen.append(x)
+        return self.lin(x)
+    model = Mod(forward, lin=nn.Linear(4, 4), long=[0]*1_000_000, tracker=Tracker())
+    assert lsuv_init(model, torch.randn(32, 4)).ok
+    assert model.long[0] == 0 and vars(model.tracker) == {'n': 0, 'seen': []}
