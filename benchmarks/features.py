@@ -1,9 +1,9 @@
 """The features of this package and its peers. Each cell of the tables is the outcome of a small program that runs here.
 
 Initialization: each package initializes a few small networks, one for each trait, and this script judges the result.
-`fastai_lsuv` and `lsuv` succeed if the output of every layer has std 1 (within 0.1), as the network trains. `anyinit` has
-another aim. It succeeds if the mean square after every activation is 1 (within 0.2). Things that must not change are
-compared before and after. Recording: a short training with each recorder."""
+`fastai_lsuv` and `lsuv` succeed if the output of every layer has std 1 (within 0.1), as the network trains. `anyinit`
+has another aim. It succeeds if the mean square after every activation is 1 (within 0.2). Things that must not change
+are compared before and after. Recording: a short training with each recorder."""
 import tempfile
 import warnings
 from pathlib import Path
@@ -44,7 +44,8 @@ class Layers(nn.Module):
 class Backwards(Layers):
     "It registers its layers in another order than they run."
     def __init__(self):
-        super().__init__(z=nn.Linear(64, 10), b=nn.Linear(64, 64), a=nn.Linear(20, 64), act_a=nn.ReLU(), act_b=nn.ReLU())
+        super().__init__(z=nn.Linear(64, 10), b=nn.Linear(64, 64), a=nn.Linear(20, 64),
+                         act_a=nn.ReLU(), act_b=nn.ReLU())
 
     def forward(self, x):
         x = self.act_a(self.a(x))
@@ -66,7 +67,8 @@ class Repeated(Layers):
 class TwoInputs(Layers):
     "It takes two inputs by keyword."
     def __init__(self):
-        super().__init__(a=nn.Linear(20, 64), b=nn.Linear(20, 64), z=nn.Linear(64, 10), act_a=nn.ReLU(), act_b=nn.ReLU())
+        super().__init__(a=nn.Linear(20, 64), b=nn.Linear(20, 64), z=nn.Linear(64, 10),
+                         act_a=nn.ReLU(), act_b=nn.ReLU())
 
     def forward(self, left, right):
         return self.z(self.act_a(self.a(left)) + self.act_b(self.b(right)))
@@ -93,7 +95,8 @@ class Fails(nn.Module):
 
 
 def with_batch_norm():
-    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    first,*others = linears(20, 64, 64, 10)
+    return nn.Sequential(first, nn.ReLU(), nn.BatchNorm1d(64), *others[1:])
 
 
 def inputs(n=512):

@@ -1,10 +1,12 @@
-"""The cost of initialization, in forward passes of the same model and mini-batch: `lsuv_init`, its parts, and the peers.
+"""The cost of initialization in forward passes of the same model and mini-batch: `lsuv_init`, its parts, and the peers.
 
-Each contestant works on a fresh copy of the model. Forward passes are timed just before it and just after it. A ratio is
-the time of the contestant over the mean time of these passes. The tables show the median of the ratios over the rounds.
+Each contestant works on a fresh copy of the model. Forward passes are timed just before it and just after it. A ratio
+is the time of the contestant over the mean time of these passes. The tables show the median of the ratios over the
+rounds.
 
-The correcting pass alone is one call of `fastai_lsuv.passes.Passes`, with the hooks that it attaches and removes. It does
-not include the other work of `lsuv_init`: finding the units, the copies for a rollback, the report and the verifying pass.
+The correcting pass alone is one call of `fastai_lsuv.passes.Passes`, with the hooks that it attaches and removes. It
+does not include the other work of `lsuv_init`: finding the units, the copies for a rollback, the report and the
+verifying pass.
 
 Peak memory is the most memory held above the model and the mini-batch. On the CPU it is the sum of two peaks: that of
 torch's allocator, counted from its own events, and that of Python and numpy. On a GPU it is `max_memory_allocated`."""
@@ -399,8 +401,8 @@ def main(
         print(f'{bench.title}: {ratios}', flush=True)
         bench.model = bench.scratch = None  # makes room for the next model
     names = [n for n in names if any(n in b.ratios or n in b.failed for b in benches)]
-    conditions = (f'Mini-batch of {batch} at {size}x{size} (language model: 4 texts of 128 tokens), plain CNNs of {width} '
-                  f'channels, {where(dev)}; {rounds} rounds, {peer_rounds} for the peers'
+    conditions = (f'Mini-batch of {batch} at {size}x{size} (language model: 4 texts of 128 tokens), '
+                  f'plain CNNs of {width} channels, {where(dev)}; {rounds} rounds, {peer_rounds} for the peers'
                   f'{"; processor time" if cpu_time else ""}. Times vary with the machine and its load. '
                   'The ratios are what counts.')
     report = f'{conditions}\n\n{tables(benches, names)}'

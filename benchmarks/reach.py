@@ -4,8 +4,8 @@ The judge is this script alone. It looks at every conv, linear, bilinear and att
 take the sums of the outputs over all calls in one forward pass with the same mini-batch. The model is in training mode,
 with dropout, DropPath and StochasticDepth off. A layer is reached if its std is within 0.1 of 1.
 
-A model is judged in the state that the package leaves, also after an exception or the time limit. In these cases it does
-not count as whole."""
+A model is judged in the state that the package leaves, also after an exception or the time limit. In these cases it
+does not count as whole."""
 import csv
 import importlib.util
 import math
@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from _common import (COLORS, IMAGES, PACKAGES, RESULTS, ROOT, installed, label, markdown, on_device, passes_begun, timed,
-                     where)
+from _common import COLORS, IMAGES, PACKAGES, RESULTS, ROOT
+from _common import installed, label, markdown, on_device, passes_begun, timed, where
 
 LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 COLUMNS = ['network', 'package', 'outcome', 'layers', 'reached', 'passes_begun', 'passes_worth',
@@ -266,14 +266,14 @@ def write_csv(rows, path):
 
 
 INTRODUCTION = (
-    '{networks} networks, {where}. A layer is reached if the std of its output is within {tol:g} of 1. The std is measured '
-    'from outside, with the same mini-batch, as the network trains (training mode, dropout off). A network is whole if all '
-    'its layers that run are reached. `anyinit` is here for the reach and the cost of a data-driven initialization. Its aim '
-    'is another: a unit second moment after each activation, not std 1 of each layer. A package is cut off after '
-    '{limit:g} s of processor time for a network. No package should reach some layers: frozen, tied or zero-initialized '
-    'weights mean something, and `fastai_lsuv` leaves them as they are. Of the {missed} layers that it does not bring to '
-    "std 1, its report names {named} with the reason. Times are the processor's and vary with the machine. "
-    'Their ratios to forward passes are what counts.')
+    '{networks} networks, {where}. A layer is reached if the std of its output is within {tol:g} of 1. The std is '
+    'measured from outside, with the same mini-batch, as the network trains (training mode, dropout off). A network is '
+    'whole if all its layers that run are reached. `anyinit` is here for the reach and the cost of a data-driven '
+    'initialization. It has another aim: a unit second moment after each activation, not std 1 of each layer. A '
+    'package is cut off after {limit:g} s of processor time for a network. No package should reach some layers: '
+    'frozen, tied or zero-initialized weights mean something, and `fastai_lsuv` leaves them as they are. There are '
+    '{missed} layers that it does not bring to std 1. Its report names {named} of them with the reason. Times are the '
+    "processor's and vary with the machine. Their ratios to forward passes are what counts.")
 
 
 @call_parse

@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,9 @@ def test_reach_judges_from_outside(benchmark, tmp_path, capsys):
     pytest.importorskip('timm')
     reach = benchmark('reach')
     reach.main(only='torchvision/resnet18,hand/tied_embedding', packages='fastai_lsuv', device='cpu')
-    found = {r['network']: (r['outcome'], r['layers'], r['reached'], r['passes_begun']) for r in rows(tmp_path/'reach.csv')}
-    assert found == {'torchvision/resnet18': ('ended', '21', '21', '2'), 'hand/tied_embedding': ('ended', '2', '1', '2')}
+    columns = 'outcome', 'layers', 'reached', 'passes_begun'
+    found = {r['network']: [r[c] for c in columns] for r in rows(tmp_path/'reach.csv')}
+    assert found == {'torchvision/resnet18': ['ended', '21', '21', '2'], 'hand/tied_embedding': ['ended', '2', '1', '2']}
     assert '22 of 23 (95.7 %)' in capsys.readouterr().out
 
 
@@ -160,6 +162,5 @@ def test_features_of_this_package(benchmark, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['features', 'init_cost', 'reach', 'recorder_cost'])
 def test_every_benchmark_takes_a_device(benchmark, name):
-    from inspect import signature
     device = signature(benchmark(name).main).parameters['device']
     assert device.default == 'cpu' or name == 'recorder_cost'

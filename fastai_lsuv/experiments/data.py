@@ -95,8 +95,8 @@ def read_idx(
             raise InputError(f"{path}: a gzip file that cannot be unpacked ({e}); get it again") from None
     head = 4 + 4*dims
     if raw[:4] != bytes((0, 0, 8, dims)) or len(raw) < head:
-        raise InputError(f"{path}: begins with {raw[:4].hex(' ') or 'nothing'}; "
-                         f"an IDX file of unsigned bytes in {dims} dimension{'s'*(dims > 1)} begins with 00 00 08 {dims:02d}")
+        raise InputError(f"{path}: begins with {raw[:4].hex(' ') or 'nothing'}; an IDX file of unsigned bytes "
+                         f"in {dims} dimension{'s'*(dims > 1)} begins with 00 00 08 {dims:02d}")
     shape = np.frombuffer(raw, '>u4', dims, 4).tolist()
     if len(raw) - head != np.prod(shape):
         said = 'x'.join(map(str, shape))
@@ -154,7 +154,8 @@ def _from_folders(folder: Path, n: int) -> tuple | None:
     for part in train, test:
         here = _subfolders(part)
         if here != classes or not classes:
-            raise InputError(f"{part}: its class folders are {here or 'none'}; those of {train} are {classes or 'none'}")
+            raise InputError(f"{part}: its class folders are {here or 'none'}; "
+                             f"those of {train} are {classes or 'none'}")
     parts = _read(train, classes, n),_read(test, classes, _to_test(n))
     name = f'{folder.name}: {len(parts[0][0])} images to train on, {len(parts[1][0])} to test'
     return *parts, len(classes), name

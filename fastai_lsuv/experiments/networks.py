@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['GeneralRelu', 'ConvLayer', 'lesson11', 'torch_port', 'Maxout', 'ACTIVATIONS', 'FITNET4', 'Residual', 'fitnet4',
-           'deep_relu']
+__all__ = ['GeneralRelu', 'ConvLayer', 'lesson11', 'torch_port', 'Maxout', 'ACTIVATIONS', 'FITNET4', 'Residual',
+           'fitnet4', 'deep_relu']
 
 
 class GeneralRelu(nn.Module):
@@ -86,7 +86,8 @@ ACTIVATIONS = {
     'sigmoid': nn.Sigmoid,
 }
 
-FITNET4 = (((32, 3), (48, 2)), ((80, 6),), ((128, 6),))  # Stages of groups of (filters, layers); a pooling ends each stage
+# The stages, each of groups of (filters, layers). A pooling ends each stage.
+FITNET4 = (((32, 3), (48, 2)), ((80, 6),), ((128, 6),))
 
 
 def _layer(ni: int, nf: int, act: str, norm: bool) -> list[nn.Module]:

@@ -19,7 +19,7 @@ class ImageOptions:
 
     Its module must not import `annotations` from `__future__`: the command line needs the types themselves."""
     def __init__(self,
-        data: str = 'digits',  # 'digits', 'mnist', 'cifar', or a folder of train/<class>/ and test/<class>/ or of IDX files
+        data: str = 'digits',  # 'digits', 'mnist', 'cifar', or a folder: train/<class>/ and test/<class>/, or IDX files
         download: bool = False,  # Let fastai fetch 'mnist' or 'cifar'
         n: int = 0,  # Images to train on, and a quarter as many to test; 0: all
         size: int = 16,  # Pixels a side of the images

@@ -14,8 +14,8 @@ from torch import nn
 
 from .data import Images, InputError
 
-__all__ = ['OUT', 'run_command', 'positive', 'words', 'word', 'numbers', 'seeded', 'Runs', 'pm', 'pair', 'percent', 'table',
-           'say', 'save', 'band', 'curves']
+__all__ = ['OUT', 'run_command', 'positive', 'words', 'word', 'numbers', 'seeded', 'Runs', 'pm', 'pair', 'percent',
+           'table', 'say', 'save', 'band', 'curves']
 
 OUT = 'out/experiments'  # Tables and pictures go here by default
 
@@ -95,8 +95,8 @@ class _Epochs(Callback):
 
     def after_epoch(self):
         train_loss,valid_loss,acc = self.recorder.values[-1]
-        seen = dict(epoch=self.epoch + 1, accuracy=acc, train_loss=train_loss, valid_loss=valid_loss, seconds=self.seconds)
-        self.runs.rows.append(self.arm | seen)
+        self.runs.rows.append(self.arm | dict(
+            epoch=self.epoch + 1, accuracy=acc, train_loss=train_loss, valid_loss=valid_loss, seconds=self.seconds))
         self.runs.bar.update(len(self.runs.rows))
         self.began = time.perf_counter()  # validation does not count
 

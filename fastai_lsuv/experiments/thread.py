@@ -22,8 +22,8 @@ THREAD = {  # The (mean, std) pairs that its posts report
     'mean std mean std': [(3.679674520640219e-08, 1.0), (3.466800535534276e-08, 1.0000001192092896),
                           (1.7229467630386353e-08, 1.0), (3.818422555923462e-08, 0.9999999403953552),
                           (-8.195638656616211e-08, 1.0)],
-    'std mean': [(-1.9462740752373975e-08, 0.9999998807907104), (-5.321842966310442e-10, 0.9999999403953552), (6.05359673500061e-09, 1.0),
-                 (-6.28642737865448e-09, 1.0), (-2.421438694000244e-08, 0.9999998807907104)],
+    'std mean': [(-1.9462740752373975e-08, 0.9999998807907104), (-5.321842966310442e-10, 0.9999999403953552),
+                 (6.05359673500061e-09, 1.0), (-6.28642737865448e-09, 1.0), (-2.421438694000244e-08, 0.9999998807907104)],
 }
 BEFORE = 'before LSUV'
 WIDE = 34  # Characters of the printed column of our own pairs
@@ -69,8 +69,9 @@ def thread(
     say(f'Data: {images.name}')
     for arm in arms:
         say(*_beside_the_thread(arm, pairs[(pairs.order == arm) & (pairs.seed == 1)]))
-    distances = pd.DataFrame({'order': pairs.order, '|mean|': pairs['mean'].abs(), '|std - 1|': (pairs['std'] - 1).abs(),
-                              "thread's |mean|": pairs.thread_mean.abs()})
+    distances = pd.DataFrame({
+        'order': pairs.order, '|mean|': pairs['mean'].abs(), '|std - 1|': (pairs['std'] - 1).abs(),
+        "thread's |mean|": pairs.thread_mean.abs()})
     largest = distances.groupby('order', sort=False).max()
     say(f'Largest over the layers and {seeds} seed{"s"*(seeds > 1)}',
         largest.map(lambda v: '' if isnan(v) else f'{v:.1e}'))
