@@ -1,9 +1,11 @@
-"""What this package and its peers can do, each cell the outcome of a small program that is run here and now.
+"""The features of this package and its peers. Each cell of the tables is the outcome of a small program that runs here.
 
-Initialization: a few small networks, one trait each, initialized by each package and judged from outside. `fastai_lsuv` and `lsuv` have done
-it if every layer puts out std 1 (within 0.1), as the network trains; `anyinit`, which aims at something else, if the mean square after every
-activation is 1 (within 0.2). What must not change is compared before and after. Recording: a short training with each recorder."""
-import tempfile, warnings
+Initialization: each package initializes a few small networks, one for each trait, and this script judges the result.
+`fastai_lsuv` and `lsuv` succeed if the output of every layer has std 1 (within 0.1), as the network trains. `anyinit`
+has another aim. It succeeds if the mean square after every activation is 1 (within 0.2). Things that must not change
+are compared before and after. Recording: a short training with each recorder."""
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,241 +14,348 @@ from fastai.callback.hook import ActivationStats
 from fastcore.script import call_parse
 from torch.nn.utils.parametrizations import weight_norm
 
-from _common import PACKAGES, RESULTS, installed, label, markdown, passes_begun
+from _common import CPU, PACKAGES, RESULTS, installed, label, markdown, on_device, passes_begun, where
 from fastai_lsuv import ActivationStatsRecorder, LSUVReport
 
 
-# --- Initialization: one network a trait
+# --- Networks, one for each trait
 
-def chain(act=nn.ReLU, **kwargs): return nn.Sequential(nn.Linear(20, 64), act(**kwargs), nn.Linear(64, 64), act(**kwargs), nn.Linear(64, 64), act(**kwargs), nn.Linear(64, 10))
+def linears(*widths, wrap=noop, act=nn.ReLU):
+    "Linear layers between these widths, each in `wrap`, with activations between them."
+    layers = []
+    for i, o in zip(widths, widths[1:]):
+        layers += [wrap(nn.Linear(i, o)), act()]
+    return nn.Sequential(*layers[:-1])
+
+
+def chain(**kwargs):
+    "A plain chain of four layers."
+    return linears(20, 64, 64, 64, 10, **kwargs)
 
 
 class Layers(nn.Module):
-    "Named layers, and an activation for each that needs one."
+    "Named layers, and an activation for each layer that needs one."
     def __init__(self, **layers):
         super().__init__()
-        for n,m in layers.items(): setattr(self, n, m)
+        for name, module in layers.items():
+            setattr(self, name, module)
 
 
 class Backwards(Layers):
-    def __init__(self): super().__init__(z=nn.Linear(64, 10), b=nn.Linear(64, 64), a=nn.Linear(20, 64), act_a=nn.ReLU(), act_b=nn.ReLU())
-    def forward(self, x): return self.z(self.act_b(self.b(self.act_a(self.a(x)))))
+    "It registers its layers in another order than they run."
+    def __init__(self):
+        super().__init__(z=nn.Linear(64, 10), b=nn.Linear(64, 64), a=nn.Linear(20, 64),
+                         act_a=nn.ReLU(), act_b=nn.ReLU())
+
+    def forward(self, x):
+        x = self.act_a(self.a(x))
+        return self.z(self.act_b(self.b(x)))
+
 
 class Repeated(Layers):
-    def __init__(self): super().__init__(a=nn.Linear(20, 64), b=nn.Linear(64, 64), z=nn.Linear(64, 10), act=nn.ReLU(), act_1=nn.ReLU(), act_2=nn.ReLU())
-    def forward(self, x): return self.z(self.act_2(self.b(self.act_1(self.b(self.act(self.a(x)))))))
+    "It calls the layer `b` twice."
+    def __init__(self):
+        super().__init__(a=nn.Linear(20, 64), b=nn.Linear(64, 64), z=nn.Linear(64, 10),
+                         act=nn.ReLU(), act_1=nn.ReLU(), act_2=nn.ReLU())
+
+    def forward(self, x):
+        x = self.act(self.a(x))
+        x = self.act_1(self.b(x))
+        return self.z(self.act_2(self.b(x)))
+
 
 class TwoInputs(Layers):
-    def __init__(self): super().__init__(a=nn.Linear(20, 64), b=nn.Linear(20, 64), z=nn.Linear(64, 10), act_a=nn.ReLU(), act_b=nn.ReLU())
-    def forward(self, left, right): return self.z(self.act_a(self.a(left)) + self.act_b(self.b(right)))
+    "It takes two inputs by keyword."
+    def __init__(self):
+        super().__init__(a=nn.Linear(20, 64), b=nn.Linear(20, 64), z=nn.Linear(64, 10),
+                         act_a=nn.ReLU(), act_b=nn.ReLU())
+
+    def forward(self, left, right):
+        return self.z(self.act_a(self.a(left)) + self.act_b(self.b(right)))
+
 
 class Branch(Layers):
-    def __init__(self): super().__init__(a=nn.Linear(20, 64), b=nn.Linear(64, 64), z=nn.Linear(64, 10), act=nn.ReLU())
+    "It has a skip past the layer `b`."
+    def __init__(self):
+        super().__init__(a=nn.Linear(20, 64), b=nn.Linear(64, 64), z=nn.Linear(64, 10), act=nn.ReLU())
+
     def forward(self, x):
         x = self.act(self.a(x))
         return self.z(x + self.b(x))
 
 
-def x(n=512): return torch.randn(n, 20)
+class Fails(nn.Module):
+    "It raises an error from its second call on."
+    calls = 0
 
-def normed(): return nn.Sequential(weight_norm(nn.Linear(20, 64)), nn.ReLU(), weight_norm(nn.Linear(64, 64)), nn.ReLU(), weight_norm(nn.Linear(64, 10)))
-def with_bn(): return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 1: raise ValueError('for example: out of memory')
+        return x
 
+
+def with_batch_norm():
+    first,*others = linears(20, 64, 64, 10)
+    return nn.Sequential(first, nn.ReLU(), nn.BatchNorm1d(64), *others[1:])
+
+
+def inputs(n=512):
+    return torch.randn(n, 20)
+
+
+# --- Initialization: each probe takes a package and a device
 
 def outputs(model, batch, kinds, f):
     "`f` of the output of each call of a module of these kinds, in training mode."
     found = []
-    hooks = [m.register_forward_hook(lambda m, i, o: found.append(f(o.detach().float()))) for m in model.modules() if isinstance(m, kinds)]
+
+    def see(module, args, out):
+        found.append(f(out.detach().float()))
+
+    hooks = [m.register_forward_hook(see) for m in model.modules() if isinstance(m, kinds)]
     model.train()
-    with torch.no_grad(): model(**batch) if isinstance(batch, dict) else model(batch)
-    for h in hooks: h.remove()
+    with torch.no_grad():
+        model(**batch) if isinstance(batch, dict) else model(batch)
+    for h in hooks:
+        h.remove()
     return found
 
 
-def done(package, model, batch):
-    "Whether every layer is where the package means to bring it."
-    if package == 'anyinit': return all(abs(v - 1) < 0.2 for v in outputs(model, batch, nn.ReLU, lambda o: o.square().mean().item()))
+def succeeds(package, model, batch):
+    "Does every layer have the statistics that the package aims at?"
+    if package == 'anyinit':
+        squares = outputs(model, batch, nn.ReLU, lambda o: o.square().mean().item())
+        return all(abs(v - 1) < 0.2 for v in squares)
     return all(abs(v - 1) < 0.1 for v in outputs(model, batch, nn.Linear, lambda o: o.std().item()))
 
 
-def reaches(make, batch=x):
-    def probe(package):
-        model,b = make(),batch()
-        PACKAGES[package](model, b)
-        return done(package, model, b)
+def initialized(package, device, model, batch):
+    "The model and the mini-batch on `device`, after the package initialized the model."
+    model,batch = model.to(device),on_device(batch, device)
+    PACKAGES[package](model, batch)
+    return model,batch
+
+
+def reaches(make, batch=inputs):
+    "A probe: does the package succeed on this network?"
+    def probe(package, device):
+        return succeeds(package, *initialized(package, device, make(), batch()))
     return probe
 
 
-def zero_mean(package):
-    model,b = chain(),x() + 1
-    PACKAGES[package](model, b)
-    return all(abs(v) < 0.01 for v in outputs(model, b, nn.Linear, lambda o: o.mean().item()))
+def zero_mean(package, device):
+    model,batch = initialized(package, device, chain(), inputs() + 1)
+    return all(abs(v) < 0.01 for v in outputs(model, batch, nn.Linear, lambda o: o.mean().item()))
 
 
-def frozen(package):
-    model = chain()
+def frozen(package, device):
+    model = chain().to(device)
     model[2].requires_grad_(False)
     was = model[2].weight.clone()
-    PACKAGES[package](model, x())
+    initialized(package, device, model, inputs())
     return torch.equal(model[2].weight, was)
 
 
-def zeros(package):
+def zeros(package, device):
     model = Branch()
-    nn.init.zeros_(model.b.weight), nn.init.zeros_(model.b.bias)
-    PACKAGES[package](model, x())
+    nn.init.zeros_(model.b.weight)
+    nn.init.zeros_(model.b.bias)
+    initialized(package, device, model, inputs())
     return not model.b.weight.any()
 
 
-def buffers(package):
-    "Batch norm's running statistics, and the mode."
-    model = with_bn().train()
+def buffers(package, device):
+    "Do batch norm's running statistics and the mode stay?"
+    model = with_batch_norm().to(device).train()
     was = [b.clone() for b in model.buffers()]
-    PACKAGES[package](model, x())
+    initialized(package, device, model, inputs())
     return all(map(torch.equal, was, model.buffers())) and all(m.training for m in model.modules())
 
 
-def rollback(package):
-    "The model fails on the way through: does the error come out, and are the weights as they were?"
-    class Fails(nn.Module):
-        calls = 0
-        def forward(self, x):
-            self.calls += 1
-            if self.calls > 1: raise ValueError('out of memory, say')
-            return x
-    model = nn.Sequential(*chain()[:3], Fails(), nn.Linear(64, 10))
+def rollback(package, device):
+    "The model fails in the middle. Does the error come out, and are the weights as before?"
+    model = nn.Sequential(*chain()[:3], Fails(), nn.Linear(64, 10)).to(device)
     was = [p.detach().clone() for p in model.parameters()]
-    try: PACKAGES[package](model, x())
-    except ValueError: pass
+    try:
+        initialized(package, device, model, inputs())
+    except ValueError:
+        pass
     return all(map(torch.equal, was, model.parameters()))
 
 
-def report(package):
-    "Something is given back that has an entry for each layer."
-    model,b = chain(),x()
+def report(package, device):
+    "Does the package return something with an entry for each layer?"
+    model,batch = chain().to(device),inputs().to(device)
     if package == 'lsuv':
         from lsuv import lsuv_with_singlebatch
-        return lsuv_with_singlebatch(model, b, verbose=False) is not model
+        return lsuv_with_singlebatch(model, batch, verbose=False) is not model
     if package == 'anyinit':
         import anyinit
-        return len(anyinit.initialize(model, 'empirical', b).layers) == 4
-    r = PACKAGES[package](model, b)
+        return len(anyinit.initialize(model, 'empirical', batch).layers) == 4
+    r = PACKAGES[package](model, batch)
     return isinstance(r, LSUVReport) and len(r) == 4
 
 
-def passes(package, depth=20):
-    "Forward passes for a chain of 20 layers."
+def passes(package, device, depth=20):
+    "The forward passes for a chain of 20 layers."
     model = nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(20, 20), nn.ReLU())])
-    with passes_begun(model) as n: PACKAGES[package](model, x())
+    with passes_begun(model) as n:
+        initialized(package, device, model, inputs())
     return str(n[0])
 
 
 INITIALIZATION = {
     'a plain chain of layers': reaches(chain),
-    'in-place activations': reaches(lambda: chain(inplace=True)),
+    'in-place activations': reaches(lambda: chain(act=partial(nn.ReLU, inplace=True))),
     'layers registered in another order than they run': reaches(Backwards),
     'layers called several times': reaches(Repeated),
-    'a dict of inputs': reaches(TwoInputs, lambda: dict(left=x(), right=x())),
-    '`weight_norm`': reaches(normed),
-    'weights in bfloat16': reaches(lambda: chain().bfloat16(), lambda: x().bfloat16()),
+    'a dict of inputs': reaches(TwoInputs, lambda: dict(left=inputs(), right=inputs())),
+    '`weight_norm`': reaches(lambda: linears(20, 64, 64, 10, wrap=weight_norm)),
+    'weights in bfloat16': reaches(lambda: chain().bfloat16(), lambda: inputs().bfloat16()),
     'mean 0 as well as std 1': zero_mean,
     'frozen weights are left alone': frozen,
     'zero-initialized weights stay zero': zeros,
-    'batch norm\'s buffers and the mode stay': buffers,
+    "batch norm's buffers and the mode stay": buffers,
     'weights are put back if the model fails': rollback,
     'a report with an entry a layer': report,
     'forward passes, 20 layers': passes,
 }
 
 
-# --- Recording
+# --- Recording: each probe takes a recorder, a folder and a device
+
+class Named(nn.Linear):
+    "Its output is a dict."
+    def __init__(self):
+        super().__init__(32, 4)
+
+    def forward(self, x):
+        return dict(logits=super().forward(x))
+
 
 class Several(nn.Module):
-    "A layer called twice, and a dict as output."
+    "It calls a layer twice, and its last layer puts out a dict."
     def __init__(self):
         super().__init__()
         self.a,self.twice,self.out = nn.Linear(20, 32),nn.Linear(32, 32),Named()
-    def forward(self, x): return self.out(self.twice(self.twice(self.a(x).relu()).relu()))['logits']
+
+    def hidden(self, x):
+        x = self.a(x).relu()
+        x = self.twice(x).relu()
+        return self.twice(x).relu()
+
+    def forward(self, x):
+        return self.out(self.hidden(x))['logits']
 
 
-class Named(nn.Linear):
-    def __init__(self): super().__init__(32, 4)
-    def forward(self, x): return dict(logits=super().forward(x))
+class Twice(Several):
+    "It calls a layer twice, and all outputs are tensors."
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.out(self.hidden(x))
 
 
-def trained(name, folder, n=8, model=None, **kwargs):
-    "The recorder after `n` steps of training and two batches of validation; of torchinstruments its table."
+def small():
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def trained(name, folder, device, n=8, model=None, **kwargs):
+    """Train for `n` steps with a recorder, then validate on two batches. Returns the recorder.
+
+    For torchinstruments it returns the table that this package writes."""
     torch.manual_seed(0)
-    model = model or nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
+    model = model or small()
     items = [(torch.randn(20), torch.tensor(i % 4)) for i in range(16*n)]
-    learn = Learner(DataLoaders.from_dsets(items, items[:32], bs=16, device='cpu'), model, loss_func=CrossEntropyLossFlat(), path=folder)
+    dls = DataLoaders.from_dsets(items, items[:32], bs=16, device=device)
+    learn = Learner(dls, model.to(device), loss_func=CrossEntropyLossFlat(), path=folder)
     rec = None
-    if name == 'fastai_lsuv': rec = ActivationStatsRecorder(**kwargs)
-    if name == 'ActivationStats': rec = ActivationStats(modules=[m for m in model.modules() if isinstance(m, nn.Linear)], **kwargs)
+    if name == 'fastai_lsuv':
+        rec = ActivationStatsRecorder(**kwargs)
+    if name == 'ActivationStats':
+        rec = ActivationStats(modules=[m for m in model.modules() if isinstance(m, nn.Linear)], **kwargs)
     if name == 'torchinstruments':
         import torchinstruments as ti
         from torchinstruments.sampling import AlwaysSampler
         ti.inject_observer(model, output_dir=folder, sampler=AlwaysSampler())
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01, cbs=rec)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.01, cbs=rec)
     if rec is not None: return rec
     ti.remove_observer(model)
     return pd.concat(pd.read_parquet(p) for p in Path(folder).rglob('history.parquet'))
 
 
-def histograms(name, folder):
-    if name == 'torchinstruments': return len(trained(name, folder)) > 0 and any((Path(folder)/'tensorboard').rglob('events*'))
-    rec = trained(name, folder, **({'hist': True} if name == 'fastai_lsuv' else {'with_hist': True}))
-    return rec.hist(0).shape == (40, 8)
+def histograms(name, folder, device):
+    if name == 'torchinstruments':
+        rec = trained(name, folder, device)
+        return len(rec) > 0 and any((Path(folder)/'tensorboard').rglob('events*'))
+    option = 'hist' if name == 'fastai_lsuv' else 'with_hist'
+    return trained(name, folder, device, **{option: True}).hist(0).shape == (40, 8)
 
 
-def gradients(name, folder):
-    if name == 'fastai_lsuv': return trained(name, folder, grads=True).df().grad_std.notna().all()
-    rec = trained(name, folder)
-    return 'output_gradient' in set(rec.signal) if name == 'torchinstruments' else any('grad' in k for k in rec.stats[0][0])
+def gradients(name, folder, device):
+    if name == 'fastai_lsuv': return trained(name, folder, device, grads=True).df().grad_std.notna().all()
+    rec = trained(name, folder, device)
+    if name == 'torchinstruments': return 'output_gradient' in set(rec.signal)
+    return any('grad' in k for k in rec.stats[0][0])
 
 
-def validation(name, folder):
-    if name == 'fastai_lsuv': return 'valid' in set(trained(name, folder, valid=True).df().phase)
-    rec = trained(name, folder)
+def validation(name, folder, device):
+    if name == 'fastai_lsuv': return 'valid' in set(trained(name, folder, device, valid=True).df().phase)
+    rec = trained(name, folder, device)
     return 'eval' in set(rec['mode']) if name == 'torchinstruments' else len(rec.stats) > 8
 
 
-def dicts(name, folder):
-    rec = trained(name, folder, model=Several())
+def dicts(name, folder, device):
+    rec = trained(name, folder, device, model=Several())
     if name == 'torchinstruments': return 'mean' in set(rec.query("layer == 'out'").metric)
-    return rec.df().query("layer == 'out'")['std'].notna().all() if name == 'fastai_lsuv' else 'mean' in rec.stats[0][2]
+    if name == 'fastai_lsuv': return rec.df().query("layer == 'out'")['std'].notna().all()
+    return 'mean' in rec.stats[0][2]
 
 
-def calls(name, folder):
-    "Of a layer that is called twice a step, the mean over both calls, or each of them."
-    model,means = nn.Sequential(Several()),[]
-    model[0].out = nn.Linear(32, 4)
-    model[0].forward = lambda x, s=model[0]: s.out(s.twice(s.twice(s.a(x).relu()).relu()))
+def calls(name, folder, device):
+    "Does the recorder see both calls of a layer that runs twice a step: their mean, or each of them?"
+    model,means = nn.Sequential(Twice()),[]
     model[0].twice.register_forward_hook(lambda m, i, o: means.append(o.mean().item()))
-    rec = trained(name, folder, model=model)
+    rec = trained(name, folder, device, model=model)
     if name == 'torchinstruments': return set(rec.query("layer == '0.twice'").call_index) == {0, 1}
-    mean = rec.df().query("layer == '0.twice'")['mean'].iloc[0] if name == 'fastai_lsuv' else rec.stats[0][1]['mean']
+    if name == 'fastai_lsuv':
+        mean = rec.df().query("layer == '0.twice'")['mean'].iloc[0]
+    else:
+        mean = rec.stats[0][1]['mean']
     return abs(mean - (means[0] + means[1])/2) < 1e-5
 
 
-def bounded(name, folder):
-    "64 steps, and at most 8 records of a layer kept where so few are asked for, or can be."
-    if name == 'fastai_lsuv': return len(trained(name, folder, n=64, max_steps=8).layer_stats(0)[0]) <= 8
-    rec = trained(name, folder, n=64)
-    return (len(rec.stats) if name == 'ActivationStats' else rec.query("layer == '0' and metric == 'mean' and mode == 'train' and signal == 'output'").shape[0]) <= 8
+def bounded(name, folder, device):
+    "Does the recorder keep at most 8 records of a layer in 64 steps? It is asked to, if it has an option for that."
+    if name == 'fastai_lsuv':
+        records = trained(name, folder, device, n=64, max_steps=8).layer_stats(0)[0]
+    elif name == 'ActivationStats':
+        records = trained(name, folder, device, n=64).stats
+    else:
+        of = "layer == '0' and metric == 'mean' and mode == 'train' and signal == 'output'"
+        records = trained(name, folder, device, n=64).query(of)
+    return len(records) <= 8
 
 
-def files(name, folder):
-    trained(name, folder, **({'fname': 'stats.csv'} if name == 'fastai_lsuv' else {}))
+def files(name, folder, device):
+    kwargs = {'fname': 'stats.csv'} if name == 'fastai_lsuv' else {}
+    trained(name, folder, device, **kwargs)
     return any(p.suffix in ('.csv', '.parquet') for p in Path(folder).rglob('*'))
 
 
-def words(name, folder):
-    "Says of a network whose layers are all but dead that they are."
-    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 4))
+def words(name, folder, device):
+    "Does the recorder say that the layers of an almost dead network are dead?"
+    model = small()
     nn.init.constant_(model[0].bias, -100.)
-    rec = trained(name, folder, model=model)
-    said = str(rec.diagnose()) if name == 'fastai_lsuv' else ' '.join(p.read_text() for p in Path(folder).rglob('*.md')) if name == 'torchinstruments' else ''
+    rec = trained(name, folder, device, model=model)
+    said = ''
+    if name == 'fastai_lsuv':
+        said = str(rec.diagnose())
+    if name == 'torchinstruments':
+        said = ' '.join(p.read_text() for p in Path(folder).rglob('*.md'))
     return ' dead ' in said
 
 
@@ -260,34 +369,52 @@ RECORDING = {
     'a file to read later': files,
     'says in words which layers are dead': words,
 }
-RECORDERS = ['fastai_lsuv', 'ActivationStats', 'torchinstruments']
 
+
+# --- The tables
 
 def outcome(probe, *args):
-    "`yes`, `no`, or what the probe gives; an error is a no."
+    "The outcome of a probe: `yes`, `no`, or its text. An error counts as `no`."
     torch.manual_seed(0)
-    try: got = probe(*args)
-    except Exception as e: return f'no ({type(e).__name__})'
-    return got if isinstance(got, str) else 'yes' if got else 'no'
+    try:
+        result = probe(*args)
+    except Exception as e:
+        return f'no ({type(e).__name__})'
+    if isinstance(result, str): return result
+    return 'yes' if result else 'no'
+
+
+def recording(name, probe, device):
+    "The outcome of a probe of a recorder, in a folder of its own."
+    with tempfile.TemporaryDirectory() as folder:
+        return outcome(probe, name, folder, device)
+
+
+def initialization_table(device):
+    packages = installed(list(PACKAGES))
+    rows = [[trait, *(outcome(probe, p, device) for p in packages)] for trait, probe in INITIALIZATION.items()]
+    return markdown(['initialization', *map(label, packages)], rows)
+
+
+def recording_table(device):
+    recorders = {'fastai_lsuv': label('fastai_lsuv'), 'ActivationStats': label('fastai') + ' `ActivationStats`'}
+    recorders |= {name: label(name) for name in installed(['torchinstruments'])}
+    rows = [[trait, *(recording(r, probe, device) for r in recorders)] for trait, probe in RECORDING.items()]
+    return markdown(['recording', *recorders.values()], rows)
 
 
 @call_parse
 def main(
-    out: str = str(RESULTS/'features.md') # Table to write
+    out: str = str(RESULTS/'features.md'),  # Table to write
+    device: str = 'cpu',  # 'cpu' or 'cuda'
 ):
     "Run every program with every package and write the tables."
     warnings.filterwarnings('ignore')
-    packages,recorders = installed(list(PACKAGES)),installed(['torchinstruments'])
-    tables = markdown(['initialization', *map(label, packages)], [[trait, *(outcome(probe, p) for p in packages)] for trait,probe in INITIALIZATION.items()])
-    names = [r for r in RECORDERS if r in recorders or r != 'torchinstruments']
-    def titled(r): return label('fastai') + ' `ActivationStats`' if r == 'ActivationStats' else label(r)
-    rows = []
-    for trait,probe in RECORDING.items():
-        cells = []
-        for r in names:
-            with tempfile.TemporaryDirectory() as folder: cells.append(outcome(probe, r, folder))
-        rows.append([trait, *cells])
-    tables += '\n' + markdown(['recording', *map(titled, names)], rows)
-    text = f'<!-- written by benchmarks/features.py -->\nEach cell is the outcome of a program in `benchmarks/features.py`, torch {torch.__version__}. `anyinit` is judged by its own aim, a mean square of 1 after every activation.\n\n{tables}'
+    dev = torch.device(device)
+    conditions = f'torch {torch.__version__}' if dev == CPU else where(dev)
+    text = ('<!-- written by benchmarks/features.py -->\n'
+            f'Each cell is the outcome of a program in `benchmarks/features.py`, {conditions}. '
+            'The judge of `anyinit` uses its own aim: a mean square of 1 after every activation.\n\n'
+            f'{initialization_table(dev)}\n{recording_table(dev)}')
     Path(out).write_text(text)
     print(text)

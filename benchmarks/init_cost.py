@@ -1,19 +1,32 @@
-"""What initialization costs, in forward passes of the same model and mini-batch: `lsuv_init`, its parts, and the peers.
+"""The cost of initialization in forward passes of the same model and mini-batch: `lsuv_init`, its parts, and the peers.
 
-Each contestant works on a fresh copy of the model, with forward passes timed just before and just after it; a ratio is its
-time over the mean of theirs, and the figure shown is the median of the ratios over the rounds. The correcting pass alone is
-one call of `fastai_lsuv.passes.Passes`, with the hooks that it attaches and removes; what `lsuv_init` does around it (finding
-the units, copies to roll back to, the report) and the verifying pass are left out.
+Each contestant works on a fresh copy of the model. Forward passes are timed just before it and just after it. A ratio
+is the time of the contestant over the mean time of these passes. The tables show the median of the ratios over the
+rounds.
 
-Peak memory is what is held at most above the model and the mini-batch themselves: on the CPU what torch's allocator holds,
-counted from its own events, and what Python and numpy hold, the two peaks added up; on a GPU `max_memory_allocated`."""
+The correcting pass alone is one call of `fastai_lsuv.passes.Passes`, with the hooks that it attaches and removes. It
+does not include the other work of `lsuv_init`: finding the units, the copies for a rollback, the report and the
+verifying pass.
+
+Peak memory is the most memory held above the model and the mini-batch. On the CPU it is the sum of two peaks: that of
+torch's allocator, counted from its own events, and that of Python and numpy. On a GPU it is `max_memory_allocated`."""
 import os
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which counts memory here, is talkative
 
-import copy, csv, gc, statistics, time, tracemalloc, warnings
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler counts memory here; this keeps it silent
+
+import copy
+import csv
+import gc
+import statistics
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from fastcore.script import call_parse
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -26,79 +39,186 @@ from fastai_lsuv.state import train_without_dropout
 from fastai_lsuv.units import find_units
 
 
+# --- Models
+
 def cnn(depth, width):
-    "A plain CNN: convolutions 3x3 with ReLUs between."
+    "A plain CNN: 3x3 convolutions with ReLUs between them."
     layers = []
-    for i in range(depth): layers += [nn.Conv2d(width if i else 3, width, 3, padding=1), nn.ReLU()]
+    for i in range(depth):
+        layers += [nn.Conv2d(width if i else 3, width, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
 
 def timm_model(name, **kwargs):
     import timm
     return timm.create_model(name, pretrained=False, **kwargs)
 
+
+def vgg16():
+    from torchvision.models import vgg16
+    return vgg16()
+
+
+class Attention(nn.Module):
+    "Causal self-attention."
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv,self.out = nn.Linear(width, 3*width),nn.Linear(width, width)
+
+    def forward(self, x):
+        q,k,v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    "A block of GPT-2: attention and two linear layers, each after a layer norm and with a skip."
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1,self.attention = nn.LayerNorm(width),Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4*width), nn.GELU(), nn.Linear(4*width, width))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LanguageModel(nn.Module):
+    "The shape of GPT-2. The output layer shares its weight with the embedding of the tokens, as in GPT-2."
+    def __init__(self, tokens=50257, length=1024, width=768, layers=12, heads=12):
+        super().__init__()
+        self.tokens,self.positions = nn.Embedding(tokens, width),nn.Embedding(length, width)
+        self.register_buffer('places', torch.arange(length), persistent=False)
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(layers)])
+        self.norm,self.head = nn.LayerNorm(width),nn.Linear(width, tokens, bias=False)
+        self.head.weight = self.tokens.weight
+        for embedding in self.tokens, self.positions:
+            nn.init.normal_(embedding.weight, std=0.02)  # as in GPT-2
+
+    def forward(self, x):
+        x = self.tokens(x) + self.positions(self.places[:x.shape[1]])
+        return self.head(self.norm(self.blocks(x)))
+
+
+@dataclass(frozen=True)
+class Setting:
+    "The options that shape the models and the mini-batches."
+    batch: int  # Images in a mini-batch
+    size: int  # Height and width of the images
+    width: int  # Channels of the plain CNNs
+
+    def images(self):
+        return torch.randn(self.batch, 3, self.size, self.size)
+
+
+def text(setting):
+    "A mini-batch of the language model: 4 texts of 128 tokens."
+    return torch.randint(0, 50257, (4, 128))
+
+
+@dataclass(frozen=True)
+class Model:
+    "A model of the benchmark."
+    title: str
+    make: Callable[[Setting], nn.Module]
+    batch: Callable[[Setting], torch.Tensor] = Setting.images
+
+
 MODELS = {
-    'cnn10': ('10-layer CNN', partial(cnn, 10)),
-    'cnn30': ('30-layer CNN', partial(cnn, 30)),
-    'cnn100': ('100-layer CNN', partial(cnn, 100)),
-    'resnet50': ('ResNet-50', partial(timm_model, 'resnet50')),
-    'vit_ti': ('ViT-Ti/16', partial(timm_model, 'vit_tiny_patch16_224')),  # for the size of the images: see `main`
+    'cnn10': Model('10-layer CNN', lambda s: cnn(10, s.width)),
+    'cnn30': Model('30-layer CNN', lambda s: cnn(30, s.width)),
+    'cnn100': Model('100-layer CNN', lambda s: cnn(100, s.width)),
+    'resnet50': Model('ResNet-50', lambda s: timm_model('resnet50')),
+    'vit_ti': Model('ViT-Ti/16', lambda s: timm_model('vit_tiny_patch16_224', img_size=s.size)),
+    'vgg16': Model('VGG-16', lambda s: vgg16()),
+    'lm125m': Model('language model, 125 M', lambda s: LanguageModel(), text),
 }
 
 
+# --- Contestants
+
 def one_pass(model, x):
-    "What `lsuv_init` has in hand when it starts its first pass, as a function that runs it."
+    "Do the work of `lsuv_init` up to its first pass, and return a function that runs the pass."
     units = find_units(model)
     passes = Passes(model, units, Goal(parse_order('std mean'), 0., {u: 1. for u in units}, 1e-3, 0.1, False))
     train_without_dropout(model)
     return lambda: passes(x)
 
-CONTESTANTS = {  # name -> (label, colour, a function of model and mini-batch that makes what is timed)
-    'pass': ('a correcting pass alone', '#8fc1e3', one_pass),
-    'ours_keep': ('lsuv_init, preinit=None', '#4a90c2', lambda m, x: partial(lsuv_init, m, x, preinit=None)),
-    'ours': ('lsuv_init', COLORS['fastai_lsuv'], lambda m, x: partial(lsuv_init, m, x)),
-    'lsuv': ('lsuv', COLORS['lsuv'], lambda m, x: partial(PACKAGES['lsuv'], m, x)),
-    'lsuv_keep': ('lsuv, do_orthonorm=False', '#e7b48a', lambda m, x: partial(PACKAGES['lsuv'], m, x, do_orthonorm=False)),
-    'anyinit': ('anyinit, empirical', COLORS['anyinit'], lambda m, x: partial(PACKAGES['anyinit'], m, x)),
-}
-PEERS = {'lsuv': 'lsuv', 'lsuv_keep': 'lsuv', 'anyinit': 'anyinit'}  # contestant -> package
-LIKE_FOR_LIKE = 'resnet50'  # where `lsuv` is timed without its orthonormal start, too; one such network is time enough
 
+@dataclass(frozen=True)
+class Contestant:
+    "A way to initialize."
+    title: str
+    color: str
+    prepare: Callable  # Takes a model and a mini-batch, and returns the function to time
+    peer: str | None = None  # The package, if it is not this one
+
+    def __str__(self):
+        "The title, with the version of a peer."
+        return self.title if self.peer is None else self.title.replace(self.peer, label(self.peer), 1)
+
+
+def running(package, **kwargs):
+    "Prepares a run of a package with these options."
+    return lambda model, x: partial(PACKAGES[package], model, x, **kwargs)
+
+
+CONTESTANTS = {
+    'pass': Contestant('a correcting pass alone', '#8fc1e3', one_pass),
+    'ours_keep': Contestant('lsuv_init, preinit=None', '#4a90c2', running('fastai_lsuv', preinit=None)),
+    'ours': Contestant('lsuv_init', COLORS['fastai_lsuv'], running('fastai_lsuv')),
+    'lsuv': Contestant('lsuv', COLORS['lsuv'], running('lsuv'), peer='lsuv'),
+    'lsuv_keep': Contestant('lsuv, do_orthonorm=False', '#e7b48a', running('lsuv', do_orthonorm=False), peer='lsuv'),
+    'anyinit': Contestant('anyinit, empirical', COLORS['anyinit'], running('anyinit'), peer='anyinit'),
+}
+LIKE_FOR_LIKE = 'resnet50'  # Only this model times `lsuv` without its orthonormal start; more would take too long
+
+
+# --- Measuring
 
 def peak_bytes(f, device):
-    "Most memory that is held during `f()`, above what was held before."
+    "The most memory held during `f()`, above the memory held before."
     gc.collect()
     if device.type == 'cuda':
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
         f()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - held
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - held
     tracemalloc.start()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        f()
     in_python = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    sizes = [n for _, n in sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')]
+    events = (e for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
     now = most = 0
-    for n in sizes:
-        now += n
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in events):
+        now += size
         most = max(most, now)
     return most + in_python
 
 
 class Bench:
-    "One model and its mini-batch."
-    def __init__(self, make, x, clock):
+    "Measures the contestants on one model and its mini-batch."
+    def __init__(self, model, setting, device, clock):
+        self.title,self.device,self.clock = model.title,device,clock
         torch.manual_seed(0)
-        self.x,self.device,self.clock = x,x.device,clock
-        self.model = make().to(self.device).train()
-        self.scratch = copy.deepcopy(self.model)  # forward passes in training mode move its buffers
+        self.x = model.batch(setting).to(device)
+        torch.manual_seed(0)
+        self.model = model.make(setting).to(device).train()
+        self.scratch = copy.deepcopy(self.model)  # forward passes in training mode change its buffers
         self.units = find_units(self.model)
-        self.ratios,self.seconds,self.passes,self.forwards = {},{},{},[]
-        for _ in range(2): self.forward()
+        self.ratios,self.seconds,self.passes,self.failed = {},{},{},{}
+        self.forwards,self.peaks = [],None
+        for _ in range(2):
+            self.forward()
 
     @torch.no_grad()
-    def forward(self): self.scratch(self.x)
+    def forward(self):
+        self.scratch(self.x)
 
     def forward_seconds(self, n=3):
         took = [timed(self.forward, self.device, self.clock) for _ in range(n)]
@@ -106,58 +226,113 @@ class Bench:
         return statistics.median(took)
 
     def measure(self, name):
+        "Time one contestant once."
         model = copy.deepcopy(self.model)
-        f = CONTESTANTS[name][2](model, self.x)
+        f = CONTESTANTS[name].prepare(model, self.x)
         before = self.forward_seconds()
-        with passes_begun(model) as n: took = timed(f, self.device, self.clock)
+        with passes_begun(model) as begun:
+            took = timed(f, self.device, self.clock)
         forward = (before + self.forward_seconds())/2
         self.ratios.setdefault(name, []).append(took/forward)
         self.seconds.setdefault(name, []).append(took)
-        self.passes[name] = n[0]
+        self.passes[name] = begun[0]
 
-    def memory(self):
-        "Peaks of a forward pass and of `lsuv_init`, and the size of the units' weights and biases."
+    def warm_up(self):
+        self.measure('ours')
+        self.ratios.clear()
+        self.seconds.clear()
+
+    def measure_all(self, names, rounds, peer_rounds):
+        "Time the contestants in turns. A peer that fails is left out."
+        for k in range(max(rounds, peer_rounds)):
+            for name in names:
+                peer = CONTESTANTS[name].peer
+                if name in self.failed or k >= (peer_rounds if peer else rounds): continue
+                try:
+                    self.measure(name)
+                except Exception as e:
+                    if not peer: raise
+                    self.failed[name] = f'{type(e).__name__}: {e}'.splitlines()[0][:160]
+                    print(f'{self.title}: {CONTESTANTS[name].title} fails. {self.failed[name]}', flush=True)
+
+    def measure_memory(self):
+        "The peaks of a forward pass and of `lsuv_init`, and the size of the units' weights and biases."
         weights = {p for u in self.units for p in u.layer.parameters()}
-        return dict(forward=peak_bytes(self.forward, self.device), weights=sum(p.numel()*p.element_size() for p in weights),
-                    ours=peak_bytes(partial(lsuv_init, copy.deepcopy(self.model), self.x), self.device))
+        model = copy.deepcopy(self.model)
+        self.peaks = dict(
+            forward=peak_bytes(self.forward, self.device),
+            weights=sum(p.numel()*p.element_size() for p in weights),
+            ours=peak_bytes(partial(lsuv_init, model, self.x), self.device))
+
+    def ratio(self, name):
+        return statistics.median(self.ratios[name])
 
 
-def called(name):
-    "A contestant's label, with the version of a peer."
-    title,peer = CONTESTANTS[name][0],PEERS.get(name)
-    return title if peer is None else title.replace(peer, label(peer), 1)
+# --- Results
+
+COLUMNS = ['model', 'layers', 'contestant', 'repeats', 'passes_begun', 'seconds', 'forward_seconds',
+           'forwards', 'forwards_least', 'forwards_most']
 
 
 def write_csv(benches, path):
     with open(path, 'w', newline='') as f:
         w = csv.writer(f, lineterminator='\n')
-        w.writerow(['model', 'layers', 'contestant', 'repeats', 'passes_begun', 'seconds', 'forward_seconds', 'forwards', 'forwards_least', 'forwards_most'])
+        w.writerow(COLUMNS)
         for b in benches:
-            for k, r in b.ratios.items():
-                w.writerow([b.label, len(b.units), CONTESTANTS[k][0], len(r), b.passes[k], f'{statistics.median(b.seconds[k]):.4f}',
-                            f'{statistics.median(b.forwards):.4f}', f'{statistics.median(r):.3f}', f'{min(r):.3f}', f'{max(r):.3f}'])
+            for name, ratios in b.ratios.items():
+                seconds,forward = statistics.median(b.seconds[name]),statistics.median(b.forwards)
+                w.writerow([b.title, len(b.units), CONTESTANTS[name].title, len(ratios), b.passes[name],
+                            f'{seconds:.4f}', f'{forward:.4f}',
+                            f'{b.ratio(name):.3f}', f'{min(ratios):.3f}', f'{max(ratios):.3f}'])
+
+
+def time_table(benches, names):
+    "The time of each contestant in forward passes."
+    def cell(b, name):
+        if name in b.failed: return 'fails'
+        if name not in b.ratios: return '-'
+        return f'{b.ratio(name):.{0 if CONTESTANTS[name].peer else 2}f}'
+    rows = [[b.title, len(b.units), f'{1e3*statistics.median(b.forwards):.0f}', *(cell(b, n) for n in names)]
+            for b in benches]
+    return markdown(['', 'layers', 'a forward, ms', *(CONTESTANTS[n] for n in names)], rows)
+
+
+def passes_table(benches, names):
+    "The forward passes that each contestant begins."
+    rows = [[b.title, *(b.passes.get(n, '-') for n in names)] for b in benches]
+    return markdown(['', *(CONTESTANTS[n] for n in names)], rows)
+
+
+def faster_table(benches, names):
+    "How many times faster than the peers this package is."
+    pairs = [('ours', 'lsuv'), ('ours_keep', 'lsuv_keep'), ('ours', 'anyinit')]
+    pairs = [(ours, peer) for ours, peer in pairs if ours in names and peer in names]
+    if not pairs: return ''
+    def cell(b, ours, peer):
+        return f'{b.ratio(peer)/b.ratio(ours):.0f}x' if ours in b.ratios and peer in b.ratios else '-'
+    columns = [f'{CONTESTANTS[ours]}, than {CONTESTANTS[peer]}' for ours, peer in pairs]
+    return markdown(['', *columns], [[b.title, *(cell(b, *pair) for pair in pairs)] for b in benches])
+
+
+def memory_table(benches):
+    "The peaks of memory."
+    def row(b):
+        sizes = [b.peaks[k] for k in ('forward', 'weights', 'ours')]
+        share = b.peaks['ours']/(b.peaks['forward'] + b.peaks['weights'])
+        return [b.title, *(f'{n/2**20:.1f}' for n in sizes), f'{share:.2f}']
+    columns = ['', 'a forward', "the units' weights", 'lsuv_init', 'over the sum of both']
+    return markdown(columns, [row(b) for b in benches])
 
 
 def tables(benches, names):
-    "The tables in markdown."
-    ratio = lambda b, k: f'{statistics.median(b.ratios[k]):.{2 if k not in PEERS else 0}f}' if k in b.ratios else '-'
-    out = ['**Time, in forward passes of the same model and mini-batch**\n',
-           markdown(['', 'layers', 'a forward, ms', *map(called, names)],
-                    [[b.label, len(b.units), f'{1e3*statistics.median(b.forwards):.0f}', *(ratio(b, k) for k in names)] for b in benches])]
-    out += ['**Forward passes begun** (anyinit breaks most of its own off half-way)\n',
-            markdown(['', *map(called, names)], [[b.label, *(b.passes.get(k, '-') for k in names)] for b in benches])]
-    pairs = [(a, p) for a, p in [('ours', 'lsuv'), ('ours_keep', 'lsuv_keep'), ('ours', 'anyinit')] if a in names and p in names]
-    if pairs:
-        faster = lambda b, a, p: f'{statistics.median(b.ratios[p])/statistics.median(b.ratios[a]):.0f}x' if a in b.ratios and p in b.ratios else '-'
-        out += ['**Times faster**\n', markdown(['', *(f'{CONTESTANTS[a][0]}, than {called(p)}' for a, p in pairs)],
-                                               [[b.label, *(faster(b, a, p) for a, p in pairs)] for b in benches])]
-    mb = lambda n: f'{n/2**20:.1f}'
-    if any(b.peaks for b in benches):
-        out += ["**Peak memory, MB, above the model and the mini-batch themselves**\n",
-                markdown(['', 'a forward', "the units' weights", 'lsuv_init', 'over the sum of both'],
-                         [[b.label, *(mb(b.peaks[k]) for k in ('forward', 'weights', 'ours')), f"{b.peaks['ours']/(b.peaks['forward'] + b.peaks['weights']):.2f}"]
-                          for b in benches if b.peaks])]
-    return '\n'.join(out)
+    "All tables in markdown, each under its title."
+    titled = {
+        '**Time, in forward passes of the same model and mini-batch**': time_table(benches, names),
+        '**Forward passes begun** (anyinit breaks most of its passes off half-way)': passes_table(benches, names),
+        '**Times faster**': faster_table(benches, names),
+        '**Peak memory, MB, above the model and the mini-batch**': memory_table(benches),
+    }
+    return '\n'.join(f'{title}\n\n{table}' for title, table in titled.items() if table)
 
 
 def picture(benches, names, path):
@@ -165,69 +340,76 @@ def picture(benches, names, path):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    names = [k for k in names if k != 'lsuv_keep']
+    names = [n for n in names if n != 'lsuv_keep']
     gap = len(names) + 0.8
     fig,ax = plt.subplots(figsize=(8.5, 1.1 + 0.19*gap*len(benches)), constrained_layout=True)
     for i, b in enumerate(benches):
-        for j, k in enumerate(names):
-            v,y = statistics.median(b.ratios[k]), i*gap + j
-            ax.barh(y, v - 0.5, left=0.5, height=0.88, color=CONTESTANTS[k][1], label=called(k) if i == 0 else None)
+        for j, name in enumerate(names):
+            if name not in b.ratios: continue
+            v,y = b.ratio(name),i*gap + j
+            contestant = CONTESTANTS[name]
+            ax.barh(y, v - 0.5, left=0.5, height=0.88, color=contestant.color, label=str(contestant))
             ax.text(v*1.04, y, f'{v:.1f}' if v < 10 else f'{v:.0f}', va='center', fontsize=8)
-    ax.set_yticks([i*gap + (len(names) - 1)/2 for i in range(len(benches))], [f'{b.label}\n({len(b.units)} layers)' if '-layer' not in b.label else b.label for b in benches])
+    middles = [i*gap + (len(names) - 1)/2 for i in range(len(benches))]
+    titles = [b.title if '-layer' in b.title else f'{b.title}\n({len(b.units)} layers)' for b in benches]
+    ax.set_yticks(middles, titles)
     ax.tick_params(axis='y', length=0)
-    ax.set(xscale='log', xlim=(0.5, 1.5*max(statistics.median(r) for b in benches for r in b.ratios.values())), ylim=(len(benches)*gap - 0.9, -0.9),
+    longest = max(b.ratio(name) for b in benches for name in b.ratios)
+    ax.set(xscale='log', xlim=(0.5, 1.5*longest), ylim=(len(benches)*gap - 0.9, -0.9),
            xlabel='time to initialize, in forward passes of the same model and mini-batch (log scale)')
     ax.xaxis.set_major_formatter('{x:g}')
     ax.axvline(1, color='0.3', lw=0.8, ls=':')
     ax.spines[['top', 'right']].set_visible(False)
-    fig.legend(loc='outside upper center', ncol=3, frameon=False, fontsize=9)
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels())))  # one a contestant
+    fig.legend(handles.values(), handles, loc='outside upper center', ncol=3, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
+    plt.close(fig)
 
 
 @call_parse
 def main(
-    models:str=','.join(MODELS),  # Models to measure
-    rounds:int=7,  # Times that each of this package's contestants is timed
-    peer_rounds:int=1,  # Times that each peer is; they make a hundred passes each time
-    no_peers:bool=False,  # Leave the peers out
-    batch:int=32,  # Images in the mini-batch
-    size:int=64,  # Height and width of the images
-    width:int=32,  # Channels of the plain CNNs; the fewer, the more weighs what is done to activations beside the convolutions
-    threads:int=0,  # CPU threads; 0: torch's default
-    cpu_time:bool=False,  # Take the processor's time, not the wall clock's: for a machine that is busy with other things, with one thread
-    device:str='',  # 'cuda' or 'cpu'; default: CUDA where there is one
-    no_save:bool=False,  # Print, and write no files
+    models: str = ','.join(MODELS),  # Models to measure
+    rounds: int = 7,  # Times that each contestant of this package is timed
+    peer_rounds: int = 1,  # Times that each peer is timed; a peer makes about a hundred passes each time
+    no_peers: bool = False,  # Leave the peers out
+    batch: int = 32,  # Images in the mini-batch
+    size: int = 64,  # Height and width of the images
+    width: int = 32,  # Channels of the plain CNNs; with few channels, the work on activations weighs more
+    threads: int = 0,  # CPU threads; 0: torch's default
+    cpu_time: bool = False,  # Use the processor's clock; for a busy machine, with one thread
+    device: str = 'cpu',  # 'cpu' or 'cuda'
+    no_save: bool = False,  # Print, and write no files
 ):
-    "What `lsuv_init` costs, in forward passes, beside the peers."
+    "The cost of `lsuv_init` in forward passes, beside the peers."
     warnings.simplefilter('ignore')
-    if threads: torch.set_num_threads(threads)
-    dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    torch.manual_seed(0)
-    x = torch.randn(batch, 3, size, size, device=dev)
-    there = [] if no_peers else installed(['lsuv', 'anyinit'])
-    names = [k for k in CONTESTANTS if PEERS.get(k) in (None, *there)]
+    if threads:
+        torch.set_num_threads(threads)
+    dev = torch.device(device)
+    setting = Setting(batch, size, width)
+    clock = time.process_time if cpu_time else time.perf_counter
+    peers = [] if no_peers else installed(['lsuv', 'anyinit'])
+    names = [n for n, c in CONTESTANTS.items() if c.peer is None or c.peer in peers]
     benches = []
-    for k in (k.strip() for k in models.split(',')):
-        title,make = MODELS[k]
-        b = Bench(partial(make, **{'img_size': size} if k == 'vit_ti' else {'width': width} if 'cnn' in k else {}), x, time.process_time if cpu_time else time.perf_counter)
-        b.label = title
-        b.measure('ours')  # to warm up
-        b.ratios.clear(); b.seconds.clear()
-        here = [n for n in names if n != 'lsuv_keep' or k == LIKE_FOR_LIKE]
-        for r in range(max(rounds, peer_rounds)):
-            for n in here:
-                if r < (peer_rounds if n in PEERS else rounds): b.measure(n)
-        b.peaks = b.memory()
-        benches.append(b)
-        print(f'{title}: ' + ', '.join(f'{CONTESTANTS[n][0]} {statistics.median(b.ratios[n]):.2f}' for n in here), flush=True)
-    names = [n for n in names if any(n in b.ratios for b in benches)]
-    text = (f'Mini-batch of {batch} at {size}x{size}, plain CNNs of {width} channels, {where(dev)}; {rounds} rounds, {peer_rounds} for the peers{"; processor time" if cpu_time else ""}. Times vary with the machine and with what '
-            'else it does; the ratios are what counts.\n\n' + tables(benches, names))
-    print('\n' + text)
+    for key in (k.strip() for k in models.split(',')):
+        bench = Bench(MODELS[key], setting, dev, clock)
+        bench.warm_up()
+        bench.measure_all([n for n in names if n != 'lsuv_keep' or key == LIKE_FOR_LIKE], rounds, peer_rounds)
+        bench.measure_memory()
+        benches.append(bench)
+        ratios = ', '.join(f'{CONTESTANTS[n].title} {bench.ratio(n):.2f}' for n in bench.ratios)
+        print(f'{bench.title}: {ratios}', flush=True)
+        bench.model = bench.scratch = None  # makes room for the next model
+    names = [n for n in names if any(n in b.ratios or n in b.failed for b in benches)]
+    conditions = (f'Mini-batch of {batch} at {size}x{size} (language model: 4 texts of 128 tokens), '
+                  f'plain CNNs of {width} channels, {where(dev)}; {rounds} rounds, {peer_rounds} for the peers'
+                  f'{"; processor time" if cpu_time else ""}. Times vary with the machine and its load. '
+                  'The ratios are what counts.')
+    report = f'{conditions}\n\n{tables(benches, names)}'
+    print('\n' + report)
     if no_save: return
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_csv(benches, RESULTS/'init_cost.csv')
-    (RESULTS/'init_cost.md').write_text('<!-- written by benchmarks/init_cost.py -->\n' + text)
+    (RESULTS/'init_cost.md').write_text('<!-- written by benchmarks/init_cost.py -->\n' + report)
     picture(benches, names, IMAGES/'init_cost.png')
     print('Written: benchmarks/results/init_cost.csv, benchmarks/results/init_cost.md, nbs/images/init_cost.png')

@@ -1,8 +1,11 @@
-"""Build the documentation to HTML without Quarto, and check it: `nbs/`, as nbdev processes it, into `_site/`.
+"""Build the documentation to HTML without Quarto, and check it. nbdev processes `nbs/`, and the pages go to `_site/`.
 
-Fails on a link, a picture or an anchor that leads to nothing, in the pages, in `llms.txt` and in the Markdown files of the repository; on a
-page that is missing from the sidebar, or listed there and missing; on a public name that no `show_doc` shows, or a `show_doc` that shows
-nothing; on a cell that ended in an error."""
+The build fails on:
+
+- a link, a picture or an anchor that leads to nothing, in the pages, `llms.txt` or the repository's Markdown files;
+- a page that is missing from the sidebar, or that the sidebar lists and is missing;
+- a public name that no `show_doc` shows, or a `show_doc` that shows nothing;
+- a cell that ended in an error."""
 import inspect
 import os
 import re
@@ -23,43 +26,52 @@ from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
+FORMULA = re.compile(r'(\$\$.+?\$\$|\$[^$]+\$)', re.S)
 MARKDOWN = 'README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'
 
 
-# ---- What there is to document ----
+# ---- The names to document ----
 
 def public_names() -> dict[str, object]:
-    "Every public function, class, method and property, by the name under which `show_doc` shows it."
+    "Every public function, class, method and property, by the name that `show_doc` shows."
     from fastai.basics import Learner
     from fastai.callback.core import _events
 
     import fastai_lsuv
     from fastai_lsuv import recorder_plots, report
     names = {n: getattr(fastai_lsuv, n) for n in fastai_lsuv.__all__}
-    names |= {c.__name__: c for c in (report.Row, recorder_plots.Pairs, recorder_plots.Finding, recorder_plots.Diagnosis)}
-    for n,o in list(names.items()):
+    results = report.Row, recorder_plots.Pairs, recorder_plots.Finding, recorder_plots.Diagnosis
+    names |= {c.__name__: c for c in results}
+    for n, o in list(names.items()):
         for c in getattr(o, '__mro__', ()):
             if not c.__module__.startswith('fastai_lsuv'): continue
-            names |= {f'{n}.{k}': v for k,v in vars(c).items() if k[0] != '_' and k not in _events and (inspect.isfunction(v) or isinstance(v, property))}
+            names |= {f'{n}.{k}': v for k, v in vars(c).items() if is_public(k, v) and k not in _events}
     return names | {'Learner.lsuv_init': Learner.lsuv_init}
+
+
+def is_public(name: str, member: object) -> bool:
+    "Is it a public method or property?"
+    return name[0] != '_' and (inspect.isfunction(member) or isinstance(member, property))
 
 
 # ---- From notebook to page ----
 
 def shown(nb: nbformat.NotebookNode) -> tuple[set[str], list[str]]:
-    "The names that `show_doc` shows in a processed notebook, and the sources of those that show nothing."
-    names,empty = set(),[]
+    "The names that `show_doc` shows in a processed notebook, and the calls that show nothing."
+    names: set[str] = set()
+    empty = []
     for cell in nb.cells:
         if cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): continue
         text = ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in cell.outputs)
         found = re.findall(r'^#+ ([\w.]+)$', text, re.M)
         names.update(found)
-        if not found: empty.append(re.search(r'^show_doc\(.*', cell.source, re.M)[0])
+        if not found:
+            empty.append(re.search(r'^show_doc\(.*', cell.source, re.M)[0])
     return names,empty
 
 
 def prepared(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    "`nb` as Quarto would show it: front matter turned back into a heading, directives obeyed and removed."
+    "`nb` as Quarto would show it. Front matter becomes a heading again. Directives are obeyed and removed."
     cells = []
     for cell in nb.cells:
         if cell.cell_type == 'raw' and cell.source.startswith('---'):
@@ -67,10 +79,14 @@ def prepared(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
             cell = nbformat.v4.new_markdown_cell(f"# {meta.get('title', '')}\n\n> {meta.get('description', '')}")
         if cell.source.startswith('<!-- WARNING'): continue
         if cell.cell_type == 'code':
-            cell.metadata.pop('execution', None)  # nbdev's timings, which are no strings
+            cell.metadata.pop('execution', None)  # nbdev's timings are not strings, and the converter wants strings
             directives = dict(re.findall(r'^#\|\s*([\w-]+):?\s*(.*)$', cell.source, re.M))
             cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
-            cell.metadata.tags = ['no-input']*(directives.get('echo') == 'false') + ['fold']*(directives.get('code-fold') == 'true')
+            cell.metadata.tags = []
+            if directives.get('echo') == 'false':
+                cell.metadata.tags.append('no-input')
+            if directives.get('code-fold') == 'true':
+                cell.metadata.tags.append('fold')
         cells.append(cell)
     nb.cells = cells
     return nb
@@ -83,47 +99,71 @@ def heading_id(text: str) -> str:
 
 
 def finish(soup: BeautifulSoup) -> None:
-    "Give headings Quarto's anchors, links to notebooks those of their pages, folded code a fold, and formulas MathML, which needs no network."
+    "Complete a page: anchors as Quarto's, links to pages instead of notebooks, folds around code, and MathML."
+    add_anchors(soup)
+    for a in soup.find_all('a', href=True):
+        if not re.match('[a-z]+:', a['href']):
+            a['href'] = re.sub(r'\.ipynb(?=#|$)', '.html', a['href'])
+    for code in soup.select('.celltag_fold .input'):
+        code.wrap(soup.new_tag('details')).insert(0, BeautifulSoup('<summary>Code</summary>', 'html.parser'))
+    for text in list(soup.find_all(string=re.compile(r'\$'))):
+        if FORMULA.search(text) and not text.find_parent(['pre', 'code', 'script', 'style']):
+            text.replace_with(BeautifulSoup(with_mathml(text), 'html.parser'))
+
+
+def add_anchors(soup: BeautifulSoup) -> None:
+    "Give each heading its anchor. A number tells headings of one name apart."
     seen: dict[str, int] = {}
     for h in soup.find_all(re.compile('^h[1-6]$')):
         i = heading_id(h.get_text())
         seen[i] = seen.get(i, -1) + 1
         h['id'] = f'{i}-{seen[i]}' if seen[i] else i
-    for a in soup.find_all('a', href=True):
-        if not re.match('[a-z]+:', a['href']): a['href'] = re.sub(r'\.ipynb(?=#|$)', '.html', a['href'])
-    for code in soup.select('.celltag_fold .input'):
-        code.wrap(soup.new_tag('details')).insert(0, BeautifulSoup('<summary>Code</summary>', 'html.parser'))
-    for text in list(soup.find_all(string=re.compile(r'\$'))):
-        if text.find_parent(['pre', 'code', 'script', 'style']): continue
-        parts = re.split(r'(\$\$.+?\$\$|\$[^$]+\$)', text, flags=re.S)
-        if len(parts) == 1: continue
-        html = ''.join(mathml(p.strip('$').strip(), display='block' if p[:2] == '$$' else 'inline') if k % 2 else escape(p, quote=False) for k,p in enumerate(parts))
-        text.replace_with(BeautifulSoup(html, 'html.parser'))
+
+
+def with_mathml(text: str) -> str:
+    "The HTML of a text, with its formulas in MathML. MathML needs no network."
+    def formula(part: str) -> str:
+        return mathml(part.strip('$').strip(), display='block' if part[:2] == '$$' else 'inline')
+    parts = FORMULA.split(text)
+    return ''.join(formula(p) if k % 2 else escape(p, quote=False) for k, p in enumerate(parts))
+
+
+def html_name(notebook: str) -> str:
+    "The page of a notebook."
+    return re.sub('ipynb$', 'html', notebook)
 
 
 class Sidebar:
-    "What `sidebar.yml` lists, for Quarto and for us: files, and sections of files or of a glob."
+    "The pages that `sidebar.yml` lists. An entry is a file, or a section of files or of a glob. Quarto reads it too."
     def __init__(self, nbs: Path):
         file = nbs/'sidebar.yml'
-        contents = yaml.safe_load(file.read_text())['website']['sidebar']['contents'] if file.exists() else sorted(p.name for p in nbs.glob('*.ipynb'))
+        if file.exists():
+            contents = yaml.safe_load(file.read_text())['website']['sidebar']['contents']
+        else:
+            contents = sorted(p.name for p in nbs.glob('*.ipynb'))
         self.sections = [('', [e for e in contents if isinstance(e, str)])]
         for e in contents:
             if not isinstance(e, dict): continue
             files = e['contents']
-            if isinstance(files, str): files = sorted(p.relative_to(nbs).as_posix() for p in nbs.glob(files))
-            if files: self.sections.append((e['section'], files))
-        self.pages = [re.sub('ipynb$', 'html', f) for _,files in self.sections for f in files]
+            if isinstance(files, str):
+                files = sorted(p.relative_to(nbs).as_posix() for p in nbs.glob(files))
+            if files:
+                self.sections.append((e['section'], files))
+        self.sections = [(section, [html_name(f) for f in files]) for section, files in self.sections]
+        self.pages = [p for _, pages in self.sections for p in pages]
 
     def html(self, page: str, titles: dict[str, str], headings: list[tuple[str, str]]) -> str:
-        "The sidebar of `page`, with its own headings below its title."
-        def href(p): return os.path.relpath(p, Path(page).parent)
+        "The sidebar of `page`. The headings of `page` stand below its title."
+        inner = ''.join(f'<li><a href="#{i}">{escape(t)}</a></li>' for i, t in headings)
         lines = []
-        for section,files in self.sections:
-            if section: lines.append(f'<p>{escape(section)}</p>')
+        for section, pages in self.sections:
+            if section:
+                lines.append(f'<p>{escape(section)}</p>')
             lines.append('<ul>')
-            for p in (re.sub('ipynb$', 'html', f) for f in files):
-                inner = ''.join(f'<li><a href="#{i}">{escape(t)}</a></li>' for i,t in headings) if p == page else ''
-                lines.append(f'<li><a href="{href(p)}"{" class=here" if p == page else ""}>{escape(titles.get(p, p))}</a>{f"<ul>{inner}</ul>" if inner else ""}</li>')
+            for p in pages:
+                here = p == page
+                link = f'<a href="{relative(p, page)}"{" class=here" if here else ""}>{escape(titles.get(p, p))}</a>'
+                lines.append(f'<li>{link}{f"<ul>{inner}</ul>" if here and inner else ""}</li>')
             lines.append('</ul>')
         return '\n'.join(lines)
 
@@ -131,39 +171,72 @@ class Sidebar:
         "Links to the page before and the page after."
         if page not in self.pages: return ''
         k = self.pages.index(page)
-        def link(j, text): return f'<a href="{os.path.relpath(self.pages[j], Path(page).parent)}">{text}</a>'
-        before,after = self.pages[k-1] if k else None,self.pages[k+1] if k + 1 < len(self.pages) else None
-        return (link(k-1, f'← {escape(titles.get(before, before))}') if before else '<span></span>') + (link(k+1, f'{escape(titles.get(after, after))} →') if after else '')
+
+        def link(p: str, before: str = '', after: str = '') -> str:
+            return f'<a href="{relative(p, page)}">{before}{escape(titles.get(p, p))}{after}</a>'
+
+        left = link(self.pages[k-1], before='← ') if k else '<span></span>'
+        right = link(self.pages[k+1], after=' →') if k + 1 < len(self.pages) else ''
+        return left + right
+
+
+def relative(target: str, page: str) -> str:
+    "The link from `page` to `target`, both as paths in the site."
+    return os.path.relpath(target, Path(page).parent)
 
 
 STYLE = '''
 :root { color-scheme: light; --line: #dde1e6; --soft: #f6f7f9; --link: #1b6ca8; }
 * { box-sizing: border-box; }
-body { margin: 0; font: 16px/1.6 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #24292f; display: grid; grid-template-columns: 17rem minmax(0, 60rem); }
-nav.sidebar { position: sticky; top: 0; height: 100vh; overflow-y: auto; padding: 1.5rem 1rem 2rem 1.5rem; border-right: 1px solid var(--line); font-size: .92rem; }
+body {
+  margin: 0; font: 16px/1.6 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #24292f;
+  display: grid; grid-template-columns: 17rem minmax(0, 60rem);
+}
+nav.sidebar {
+  position: sticky; top: 0; height: 100vh; overflow-y: auto; padding: 1.5rem 1rem 2rem 1.5rem;
+  border-right: 1px solid var(--line); font-size: .92rem;
+}
 nav.sidebar ul { list-style: none; margin: 0; padding: 0; }
 nav.sidebar ul ul { padding-left: .9rem; font-size: .88em; margin: .1rem 0 .5rem; }
 nav.sidebar p { margin: 1rem 0 .2rem; font-weight: 600; }
 nav.sidebar a { color: #444c56; display: block; padding: .12rem 0; }
 nav.sidebar a.here { color: var(--link); font-weight: 600; }
 main { padding: 1.5rem 2.5rem 4rem; }
-a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
-h1 { margin: .3rem 0; font-size: 2rem; } h2 { margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); font-size: 1.45rem; } h3 { margin: 1.6rem 0 .5rem; font-size: 1.15rem; }
+a { color: var(--link); text-decoration: none; }
+a:hover { text-decoration: underline; }
+h1 { margin: .3rem 0; font-size: 2rem; }
+h2 { margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); font-size: 1.45rem; }
+h3 { margin: 1.6rem 0 .5rem; font-size: 1.15rem; }
 h1 + blockquote { margin: 0 0 1.5rem; padding: 0; border: 0; color: #57606a; font-size: 1.1rem; }
 hr { border: 0; border-top: 1px solid var(--line); margin: 2.2rem 0 0; }
 blockquote { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid var(--line); color: #57606a; }
-code { font: .86em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; background: var(--soft); padding: .1em .3em; border-radius: 3px; }
-pre { font: .84rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
+code, pre { font: .86em/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+code { background: var(--soft); padding: .1em .3em; border-radius: 3px; }
+pre { font-size: .84rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
 pre code { padding: 0; background: none; font-size: 1em; }
-.highlight, main > pre, .rendered_html > pre { background: var(--soft) !important; border: 1px solid var(--line); border-radius: 5px; padding: .6rem .8rem; margin: .7rem 0; }
-.output_subarea { margin: .3rem 0 .9rem; overflow-x: auto; } .output_subarea .highlight { margin: .4rem 0; }
+.highlight, main > pre, .rendered_html > pre {
+  background: var(--soft) !important; border: 1px solid var(--line); border-radius: 5px;
+  padding: .6rem .8rem; margin: .7rem 0;
+}
+.output_subarea { margin: .3rem 0 .9rem; overflow-x: auto; }
+.output_subarea .highlight { margin: .4rem 0; }
 .output_text pre, .output_stream pre { border-left: 3px solid var(--line); padding-left: .8rem; font-size: .8rem; }
-table { border-collapse: collapse; border: 0; font-size: .88rem; margin: .8rem 0; } th, td { padding: .3rem .7rem; border: 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-.output_html td, .output_html th { text-align: right; white-space: nowrap; } th { font-weight: 600; }
+table { border-collapse: collapse; border: 0; font-size: .88rem; margin: .8rem 0; }
+th, td { padding: .3rem .7rem; border: 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+.output_html td, .output_html th { text-align: right; white-space: nowrap; }
+th { font-weight: 600; }
 details summary { cursor: pointer; color: #57606a; font-size: .85rem; }
-img { max-width: 100%; height: auto; } math[display=block] { margin: .8rem 0; font-size: 1.1rem; }
-footer { display: flex; justify-content: space-between; margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-@media (max-width: 800px) { body { display: block; } nav.sidebar { position: static; height: auto; border-right: 0; border-bottom: 1px solid var(--line); } main { padding: 1rem; } }
+img { max-width: 100%; height: auto; }
+math[display=block] { margin: .8rem 0; font-size: 1.1rem; }
+footer {
+  display: flex; justify-content: space-between; margin-top: 3rem; padding-top: 1rem;
+  border-top: 1px solid var(--line);
+}
+@media (max-width: 800px) {
+  body { display: block; }
+  nav.sidebar { position: static; height: auto; border-right: 0; border-bottom: 1px solid var(--line); }
+  main { padding: 1rem; }
+}
 '''
 
 PAGE = '''<!DOCTYPE html>
@@ -187,93 +260,136 @@ PAGE = '''<!DOCTYPE html>
 '''
 
 
+# ---- The site ----
+
+class Exporters:
+    "A processed notebook as HTML and as Markdown."
+    def __init__(self):
+        config = Config(
+            TagRemovePreprocessor=dict(enabled=True, remove_input_tags={'no-input'}),
+            HTMLExporter=dict(preprocessors=[TagRemovePreprocessor]),
+            MarkdownExporter=dict(preprocessors=[TagRemovePreprocessor]))
+        self.to_html = HTMLExporter(template_name='basic', config=config, exclude_input_prompt=True,
+                                    exclude_output_prompt=True, exclude_anchor_links=True)
+        self.to_markdown = MarkdownExporter(config=config)
+
+    def html(self, nb: nbformat.NotebookNode) -> BeautifulSoup:
+        "The body of a page."
+        soup = BeautifulSoup(self.to_html.from_notebook_node(nb)[0], 'html.parser')
+        finish(soup)
+        return soup
+
+    def write_markdown(self, nb: nbformat.NotebookNode, target: Path, stem: str) -> None:
+        "Write a page as Markdown, and its pictures into a folder beside it."
+        markdown,resources = self.to_markdown.from_notebook_node(nb, resources={'output_files_dir': f'{stem}_files'})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(re.sub(r'(\]\([^)\s:]+)\.ipynb(?=[#)])', r'\1.html.md', markdown))
+        for name, data in resources['outputs'].items():
+            picture = target.parent/name
+            picture.parent.mkdir(exist_ok=True)
+            picture.write_bytes(data)
+
+
 def build(processed: Path, nbs: Path, site: Path) -> list[str]:
-    "Write the pages, as HTML and as Markdown, with all that they show; give what is wrong with them."
+    "Write the pages as HTML and as Markdown, with their pictures. Returns the faults."
     shutil.rmtree(site, ignore_errors=True)
     shutil.copytree(processed, site, ignore=shutil.ignore_patterns('*.ipynb', '*.yml', '_*', 'styles.css'))
     (site/'styles.css').write_text(STYLE + HtmlFormatter(style='default').get_style_defs('.highlight'))
-    config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={'no-input'}), HTMLExporter=dict(preprocessors=[TagRemovePreprocessor]),
-                    MarkdownExporter=dict(preprocessors=[TagRemovePreprocessor]))
-    to_html = HTMLExporter(template_name='basic', config=config, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
-    to_markdown = MarkdownExporter(config=config)
-    sidebar,soups,documented,wrong = Sidebar(nbs),{},set(),[]
+    exporters,sidebar = Exporters(),Sidebar(nbs)
+    soups: dict[str, BeautifulSoup] = {}
+    documented: set[str] = set()
+    wrong = []
     for file in sorted(processed.rglob('*.ipynb')):
         page = file.relative_to(processed).with_suffix('.html').as_posix()
         nb = nbformat.read(file, as_version=4)
         names,empty = shown(nb)
         documented |= names
         wrong += [f'{page}: {call} shows nothing' for call in empty]
-        wrong += [f"{page}: a cell ended in {o.ename}: {o.evalue}" for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
+        errors = [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
+        wrong += [f'{page}: a cell ended in {o.ename}: {o.evalue}' for o in errors]
         nb = prepared(nb)
-        soups[page] = BeautifulSoup(to_html.from_notebook_node(nb)[0], 'html.parser')
-        finish(soups[page])
-        markdown,resources = to_markdown.from_notebook_node(nb, resources={'output_files_dir': f'{file.stem}_files'})
-        target = site/f'{page}.md'
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(re.sub(r'(\]\([^)\s:]+)\.ipynb(?=[#)])', r'\1.html.md', markdown))
-        for name,data in resources['outputs'].items():
-            (target.parent/name).parent.mkdir(exist_ok=True)
-            (target.parent/name).write_bytes(data)
-    titles = {p: (s.h1.get_text() if s.h1 else p) for p,s in soups.items()}
-    for page,soup in soups.items():
+        soups[page] = exporters.html(nb)
+        exporters.write_markdown(nb, site/f'{page}.md', file.stem)
+    titles = {p: (s.h1.get_text() if s.h1 else p) for p, s in soups.items()}
+    for page, soup in soups.items():
         headings = [(h['id'], h.get_text()) for h in soup.find_all('h2')]
-        (site/page).write_text(PAGE.format(title=escape(titles[page] + ('' if page == 'index.html' else ' – fastai_lsuv')), style=os.path.relpath('styles.css', Path(page).parent),
-                                           sidebar=sidebar.html(page, titles, headings), body=soup, beside=sidebar.beside(page, titles)))
+        title = titles[page] if page == 'index.html' else f'{titles[page]} – fastai_lsuv'
+        (site/page).write_text(PAGE.format(
+            title=escape(title), style=relative('styles.css', page), sidebar=sidebar.html(page, titles, headings),
+            body=soup, beside=sidebar.beside(page, titles)))
     wrong += [f'{p}: not in the sidebar (nbs/sidebar.yml)' for p in soups if p not in sidebar.pages]
     wrong += [f'sidebar: {p} is no page' for p in sidebar.pages if p not in soups]
-    return wrong + [f'{n}: no page shows it; add `show_doc({n})`' for n in public_names() if n not in documented and (nbs/'api').exists()]
+    if (nbs/'api').exists():
+        wrong += [f'{n}: no page shows it; add `show_doc({n})`' for n in public_names() if n not in documented]
+    return wrong
 
 
 # ---- Links ----
 
-def internal(link: str) -> bool: return not re.match(r'[a-z][a-z+.-]*:|//', link)
+def internal(link: str) -> bool:
+    "Does the link stay in the site?"
+    return not re.match(r'[a-z][a-z+.-]*:|//', link)
+
 
 def ids(page: Path) -> set[str]:
-    "The anchors of a page, or of a Markdown file as GitHub gives them."
-    if page.suffix == '.html': return {e['id'] for e in BeautifulSoup(page.read_text(), 'html.parser').find_all(id=True)}
+    "The anchors of a page. GitHub makes those of a Markdown file from its headings."
+    if page.suffix == '.html':
+        soup = BeautifulSoup(page.read_text(), 'html.parser')
+        return {e['id'] for e in soup.find_all(id=True)}
     text = re.sub(r'```.*?```', '', page.read_text(), flags=re.S)
-    return {re.sub(r'\s', '-', re.sub(r'[^\w\s-]', '', h.strip().lower())) for h in re.findall(r'^#+ (.*)$', text, re.M)}
+    headings = (re.sub(r'[^\w\s-]', '', h.strip().lower()) for h in re.findall(r'^#+ (.*)$', text, re.M))
+    return {re.sub(r'\s', '-', h) for h in headings}
+
 
 def leads_nowhere(page: Path, link: str) -> bool:
-    "Whether a link of `page` has no file, or no anchor in it."
+    "Is the file or the anchor of a link of `page` missing?"
     file,_,anchor = unquote(link).partition('#')
     target = page.parent/file if file else page
     if not target.exists(): return True
     return bool(anchor) and target.suffix in ('.html', '.md') and anchor not in ids(target)
 
+
 def broken_links(
     site: Path  # Folder of HTML pages, Markdown files and text files with Markdown links
 ) -> list[str]:
     "Links and pictures that lead to nothing."
-    wrong = []
+    broken = []
     for page in sorted(site.rglob('*.html')):
         tags = BeautifulSoup(page.read_text(), 'html.parser').find_all(['a', 'img', 'link', 'script'])
         links = [t[k] for t in tags for k in ('href', 'src') if t.has_attr(k)]
-        wrong += [f'{page.relative_to(site)}: {link} leads nowhere' for link in links if internal(link) and leads_nowhere(page, link)]
+        broken += [(page, link) for link in links if internal(link) and leads_nowhere(page, link)]
     for page in sorted([*site.rglob('*.html.md'), *site.glob('*.txt')]):
-        wrong += [f'{page.relative_to(site)}: {link} leads nowhere' for link in markdown_links(page) if leads_nowhere(page, link.partition('#')[0] or '.')]
-    return wrong
+        links = markdown_links(page)
+        broken += [(page, link) for link in links if leads_nowhere(page, link.partition('#')[0] or '.')]
+    return [f'{page.relative_to(site)}: {link} leads nowhere' for page, link in broken]
+
 
 def markdown_links(page: Path) -> list[str]:
     "The internal links and pictures of a Markdown file, outside its code."
     text = re.sub(r'```.*?```|`[^`\n]*`|^ {4}.*$', '', page.read_text(), flags=re.S | re.M)
     return [link for link in re.findall(r'\]\(<?([^)\s>]+)>?\)', text) if internal(link)]
 
+
 def broken_in_repository(root: Path) -> list[str]:
-    "Links of the repository's own Markdown files that lead to nothing."
-    return [f'{f}: {link} leads nowhere' for f in MARKDOWN if (root/f).exists() for link in markdown_links(root/f) if leads_nowhere(root/f, link)]
+    "Links of the repository's Markdown files that lead to nothing."
+    files = [root/f for f in MARKDOWN if (root/f).exists()]
+    broken = [(f, link) for f in files for link in markdown_links(f) if leads_nowhere(f, link)]
+    return [f'{f.relative_to(root)}: {link} leads nowhere' for f, link in broken]
 
 
 def main(
     root: Path = ROOT  # Repository: `pyproject.toml` with `[tool.nbdev]`, and `nbs/`
-) -> int:  # 0 if all is well
+) -> int:  # 0 if there is no fault
+    "Build the site, check it and print the faults."
     site,nbs = root/'_site',root/'nbs'
     wrong = build(Path(proc_nbs(str(nbs), force=True)), nbs, site)
     wrong += broken_links(site) + broken_in_repository(root)
     pages = sorted(p.relative_to(site).as_posix() for p in site.rglob('*.html'))
     print(f'{len(pages)} pages in {site.name}/: {", ".join(pages)}')
-    for w in wrong: print(f'broken: {w}')
+    for w in wrong:
+        print(f'broken: {w}')
     return 1 if wrong or not pages else 0
 
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"`scripts/build_docs.py` fails on what it says it fails on."
+"`scripts/build_docs.py` finds the faults that it names."
 import json
 import shutil
 from pathlib import Path
@@ -11,14 +11,17 @@ NBS = Path(__file__).parent.parent/'nbs'
 
 
 @pytest.fixture(scope='module')
-def docs(): return script('build_docs')
+def docs():
+    return script('build_docs')
 
 
 @pytest.fixture
 def site(tmp_path):
     "A small site without a fault."
     (tmp_path/'api').mkdir()
-    (tmp_path/'a.html').write_text('<h2 id="one">One</h2><a href="api/b.html#two">b</a> <a href="#one">up</a> <a href="https://x.org/y">out</a> <img src="data:image/png;base64,AA">')
+    (tmp_path/'a.html').write_text(
+        '<h2 id="one">One</h2><a href="api/b.html#two">b</a> <a href="#one">up</a> '
+        '<a href="https://x.org/y">out</a> <img src="data:image/png;base64,AA">')
     (tmp_path/'api'/'b.html').write_text('<p id="two"></p><a href="../a.html">a</a>')
     (tmp_path/'a.html.md').write_text('[b](api/b.html.md#two) `[no](link.md)`')
     (tmp_path/'api'/'b.html.md').write_text('nothing')
@@ -26,7 +29,8 @@ def site(tmp_path):
     return tmp_path
 
 
-def test_a_site_without_a_fault(docs, site): assert docs.broken_links(site) == []
+def test_a_site_without_a_fault(docs, site):
+    assert docs.broken_links(site) == []
 
 
 @pytest.mark.parametrize('file,text,wrong', [
@@ -45,37 +49,59 @@ def test_broken_links(docs, site, file, text, wrong):
 
 def test_broken_links_of_the_repository(docs, tmp_path):
     (tmp_path/'nbs').mkdir()
-    (tmp_path/'README.md').write_text('# One\n\n[here](#one) [pages](nbs) [gone](nbs/gone.ipynb) [nowhere](#two)\n\n```\n[code](code.md)\n```\n')
-    assert docs.broken_in_repository(tmp_path) == ['README.md: nbs/gone.ipynb leads nowhere', 'README.md: #two leads nowhere']
+    links = '[here](#one) [pages](nbs) [gone](nbs/gone.ipynb) [nowhere](#two)'
+    (tmp_path/'README.md').write_text(f'# One\n\n{links}\n\n```\n[code](code.md)\n```\n')
+    assert docs.broken_in_repository(tmp_path) == [
+        'README.md: nbs/gone.ipynb leads nowhere', 'README.md: #two leads nowhere']
 
 
-def test_anchors_are_quartos(docs):
-    for text, anchor in (('What `batches` may be'.replace('`', ''), 'what-batches-may-be'), ('torch.compile', 'torch.compile'), ('LSUVReport.pairs', 'lsuvreport.pairs'),
-                         ('lsuv_init', 'lsuv_init'), ('1. First, things', 'first-things'), ("What differs from fastai's x", 'what-differs-from-fastais-x')):
-        assert docs.heading_id(text) == anchor
+@pytest.mark.parametrize('text,anchor', [
+    ('What batches may be', 'what-batches-may-be'),
+    ('torch.compile', 'torch.compile'),
+    ('LSUVReport.pairs', 'lsuvreport.pairs'),
+    ('lsuv_init', 'lsuv_init'),
+    ('1. First, things', 'first-things'),
+    ("What differs from fastai's x", 'what-differs-from-fastais-x'),
+])
+def test_anchors_are_quartos(docs, text, anchor):
+    assert docs.heading_id(text) == anchor
 
 
 def project(root, *cells, name='index', sidebar=None):
     "A small nbdev project with one page."
     (root/'nbs').mkdir(exist_ok=True)
     (root/'pyproject.toml').write_text('[tool.nbdev]\nlib_path = "x"\n')
-    if sidebar is not None: (root/'nbs'/'sidebar.yml').write_text(json.dumps({'website': {'sidebar': {'contents': sidebar}}}))
+    if sidebar is not None:
+        (root/'nbs'/'sidebar.yml').write_text(json.dumps({'website': {'sidebar': {'contents': sidebar}}}))
     new = nbformat.v4
-    nb = new.new_notebook(cells=[new.new_markdown_cell('# Title\n\n> Summary'), *cells], metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')))
+    kernel = dict(display_name='python3', language='python', name='python3')
+    title = new.new_markdown_cell('# Title\n\n> Summary')
+    nb = new.new_notebook(cells=[title, *cells], metadata=dict(kernelspec=kernel))
     nbformat.write(nb, root/'nbs'/f'{name}.ipynb')
     return root
 
 
-def markdown(text): return nbformat.v4.new_markdown_cell(text)
-def code(source, *outputs): return nbformat.v4.new_code_cell(source, outputs=list(outputs))
+def markdown(text):
+    return nbformat.v4.new_markdown_cell(text)
+def code(source, *outputs):
+    return nbformat.v4.new_code_cell(source, outputs=list(outputs))
+
+
+def failed():
+    "A cell that ended in an error."
+    error = nbformat.v4.new_output('error', ename='ZeroDivisionError', evalue='division by zero', traceback=[])
+    return code('1/0', error)
 
 
 @pytest.mark.parametrize('cells,sidebar,said', [
     ([markdown('## Part\n\n[down](#part) and $a_c^2$')], None, []),
-    ([markdown('[gone](gone.ipynb)')], None, ['index.html: gone.html leads nowhere', 'index.html.md: gone.html.md leads nowhere']),
+    ([markdown('[gone](gone.ipynb)')], None,
+     ['index.html: gone.html leads nowhere', 'index.html.md: gone.html.md leads nowhere']),
     ([markdown('[part](#part)')], None, ['index.html: #part leads nowhere']),
-    ([code('1/0', nbformat.v4.new_output('error', ename='ZeroDivisionError', evalue='division by zero', traceback=[]))], None, ['index.html: a cell ended in ZeroDivisionError: division by zero']),
-    ([], ['other.ipynb'], ['index.html: not in the sidebar (nbs/sidebar.yml)', 'sidebar: other.html is no page', 'index.html: other.html leads nowhere']),
+    ([failed()], None, ['index.html: a cell ended in ZeroDivisionError: division by zero']),
+    ([], ['other.ipynb'],
+     ['index.html: not in the sidebar (nbs/sidebar.yml)', 'sidebar: other.html is no page',
+      'index.html: other.html leads nowhere']),
 ], ids=['sound', 'link', 'anchor', 'error', 'sidebar'])
 def test_the_build_fails_on_a_fault(docs, tmp_path, monkeypatch, capsys, cells, sidebar, said):
     monkeypatch.chdir(project(tmp_path, *cells, sidebar=sidebar))
@@ -98,5 +124,7 @@ def test_names_without_a_page(docs, tmp_path):
     next(c for c in nb.cells if c.source == 'show_doc(Learner.lsuv_init)').outputs = []
     nbformat.write(nb, file)
     wrong = [w for w in docs.build(processed, nbs, tmp_path/'site') if 'show' in w]
-    assert wrong == ['api/callback.html: show_doc(Learner.lsuv_init) shows nothing', 'LSUVCallback.reset: no page shows it; add `show_doc(LSUVCallback.reset)`',
-                     'Learner.lsuv_init: no page shows it; add `show_doc(Learner.lsuv_init)`']
+    assert wrong == [
+        'api/callback.html: show_doc(Learner.lsuv_init) shows nothing',
+        'LSUVCallback.reset: no page shows it; add `show_doc(LSUVCallback.reset)`',
+        'Learner.lsuv_init: no page shows it; add `show_doc(Learner.lsuv_init)`']

@@ -1,12 +1,16 @@
-"`python -m fastai_lsuv`: what it prints and leaves behind."
+"`python -m fastai_lsuv`: its output and its files."
 import re
+import subprocess
+import sys
 
 import pytest
 
 from fastai_lsuv.__main__ import main
 
 
-def accuracies(text): return re.findall(r'^\d+ +([\d. ]+)$', text.split('Accuracy on 360 unseen digits')[1], re.M)
+def accuracies(text):
+    "The rows of the table of accuracies."
+    return re.findall(r'^\d+ +([\d. ]+)$', text.split('Accuracy on 360 unseen digits')[1], re.M)
 
 
 @pytest.mark.slow
@@ -20,10 +24,22 @@ def test_the_demonstration_repeats_itself_and_leaves_a_picture_alone(tmp_path, m
     assert len(first) == 1 and first == second[:1]  # the same seed, the same batches
     without, with_lsuv = map(float, second[1].split())
     assert without < 0.3 and with_lsuv > 0.85
-    assert 'order="std mean"' in said[0] and "LSUV 'std mean': 5 of 5 layers at the target std" in said[0]
+    assert 'order="std mean"\n(0.0000, 1.0000)\n' in said[0]
+    assert "LSUV 'std mean': 5 of 5 layers at the target std" in said[0]
     assert [p.name for p in tmp_path.iterdir()] == ['demo.png'] and (tmp_path/'demo.png').stat().st_size > 10_000
 
 
-@pytest.mark.parametrize('options, says', [(dict(epochs=0), '--epochs: got 0'), (dict(orders='std var'), "--orders: order: unknown word 'var'")])
+@pytest.mark.parametrize('options, says', [
+    (dict(epochs=0), '--epochs: got 0'),
+    (dict(orders='std var'), "--orders: order: unknown word 'var'"),
+])
 def test_options_that_are_refused(options, says):
-    with pytest.raises(SystemExit, match=says): main(**options)
+    with pytest.raises(SystemExit, match=says):
+        main(**options)
+
+
+@pytest.mark.slow
+def test_the_help_names_the_program_as_one_types_it():
+    run = subprocess.run([sys.executable, '-m', 'fastai_lsuv', '--help'], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith('usage: python -m fastai_lsuv [-h]') and '--epochs (int)' in run.stdout

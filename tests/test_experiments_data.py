@@ -12,21 +12,26 @@ from fastai_lsuv.experiments.data import InputError, get_images, read_idx
 from fastai_lsuv.experiments.networks import ACTIVATIONS, Maxout, Residual, deep_relu, fitnet4, torch_port
 
 
-def layers(model, *kinds): return [m for m in model.modules() if isinstance(m, kinds)]
+def layers(model, *kinds):
+    return [m for m in model.modules() if isinstance(m, kinds)]
 
 def shapes(model, x):
-    "Output of each conv, pooling and linear layer."
+    "The shape of the output of each conv, pooling and linear layer."
     seen = []
-    handles = [m.register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape[1:]))) for m in layers(model, nn.Conv2d, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Linear)]
+    seeing = layers(model, nn.Conv2d, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Linear)
+    handles = [m.register_forward_hook(lambda m, i, o: seen.append(tuple(o.shape[1:]))) for m in seeing]
     model(x)
-    for h in handles: h.remove()
+    for h in handles:
+        h.remove()
     return seen
 
 
 def test_the_ports_network():
     model = torch_port()
-    assert shapes(model, torch.randn(2, 1, 32, 32)) == [(32, 28, 28), (32, 10, 10), (64, 6, 6), (64, 3, 3), (200,), (10,)]
-    assert [tuple(m.weight.shape) for m in layers(model, nn.Conv2d, nn.Linear)] == [(32, 1, 5, 5), (64, 32, 5, 5), (200, 576), (10, 200)]
+    outputs = shapes(model, torch.randn(2, 1, 32, 32))
+    weights = [tuple(m.weight.shape) for m in layers(model, nn.Conv2d, nn.Linear)]
+    assert outputs == [(32, 28, 28), (32, 10, 10), (64, 6, 6), (64, 3, 3), (200,), (10,)]
+    assert weights == [(32, 1, 5, 5), (64, 32, 5, 5), (200, 576), (10, 200)]
     assert len(layers(model, nn.ReLU)) == 3
 
 
@@ -49,7 +54,8 @@ def test_maxout_takes_the_larger_of_twice_as_many():
     model = fitnet4('maxout', width=.25)
     convs = layers(model, nn.Conv2d)
     assert [m.out_channels for m in convs] == [n//2 for n in FITNET] and convs[1].in_channels == 8
-    assert [m.out_features for m in layers(model, nn.Linear)] == [250, 10] and layers(model, nn.Linear)[1].in_features == 125
+    hidden,last = layers(model, nn.Linear)
+    assert hidden.out_features == 250 and last.in_features == 125 and last.out_features == 10
     x = torch.tensor([[1., 5., -3., -4.]])
     assert Maxout()(x).tolist() == [[1., 5.]] and Maxout(4)(x).tolist() == [[5.]]
     assert Maxout()(x[..., None, None].expand(2, 4, 3, 3)).shape == (2, 2, 3, 3)
@@ -135,25 +141,36 @@ def test_mnists_test_images_alone_are_split(tmp_path, gz, dot):
 def test_both_of_mnists_sets(tmp_path):
     mnist(mnist(tmp_path, 'train', n=30), gz=True)
     images = get_images(str(tmp_path), size=32)
-    assert images.name == 'MNIST (30 images to train on, 20 to test)' and images.train[1].tolist() == [k % 10 for k in range(30)]
+    assert images.name == 'MNIST (30 images to train on, 20 to test)'
+    assert images.train[1].tolist() == [k % 10 for k in range(30)]
     x = images.train[0]
-    assert x.shape == (30, 1, 32, 32) and (x[:, :, :2] == x[0, 0, 0, 0]).all() and x[3, 0, 2, 2] == x.max()  # a border of black
+    assert x.shape == (30, 1, 32, 32)
+    assert (x[:, :, :2] == x[0, 0, 0, 0]).all() and x[3, 0, 2, 2] == x.max()  # a black border
     assert get_images(str(tmp_path), size=14).train[0].shape == (30, 1, 14, 14)
 
 
-@pytest.mark.parametrize('damage,says', [
-    (lambda f: (f/'t10k-labels-idx1-ubyte').unlink(), r'holds t10k-images-idx3-ubyte but no t10k-labels-idx1-ubyte \(or t10k-labels-idx1-ubyte.gz\)'),
-    (lambda f: (f/'t10k-images-idx3-ubyte').unlink(), 'holds t10k-labels-idx1-ubyte but no t10k-images-idx3-ubyte'),
-    (lambda f: (f/'t10k-images-idx3-ubyte').write_bytes(idx(np.zeros((20, 28, 28)))[:-5]), 'holds 15675 bytes of data where its header says 20x28x28'),
-    (lambda f: (f/'t10k-images-idx3-ubyte').write_bytes(b'GIF89a'), 'begins with 47 49 46 38; an IDX file of unsigned bytes in 3 dimensions begins with 00 00 08 03'),
-    (lambda f: (f/'t10k-labels-idx1-ubyte').write_bytes(b''), 'begins with nothing'),
-    (lambda f: (f/'t10k-labels-idx1-ubyte').write_bytes(idx(np.zeros((20, 3)))), '00 00 08 02; an IDX file of unsigned bytes in 1 dimension begins'),
-    (lambda f: (f/'t10k-labels-idx1-ubyte').write_bytes(idx(np.zeros(19))), 'holds 20 images and t10k-labels-idx1-ubyte 19 labels'),
-    (lambda f: (f/'t10k-images-idx3-ubyte').write_bytes(gzip.compress(idx(np.zeros((20, 28, 28))))[:-9]), 'a gzip file that cannot be unpacked'),
-])
-def test_bad_idx_files_are_named(tmp_path, damage, says):
-    damage(mnist(tmp_path))
-    with pytest.raises(InputError, match=says) as e: get_images(str(tmp_path))
+IMAGES,LABELS = 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte'
+SHORT_GZIP = gzip.compress(idx(np.zeros((20, 28, 28))))[:-9]
+
+@pytest.mark.parametrize('file,content,says', [
+    (LABELS, None, rf'holds {IMAGES} but no {LABELS} \(or {LABELS}.gz\)'),
+    (IMAGES, None, f'holds {LABELS} but no {IMAGES}'),
+    (IMAGES, idx(np.zeros((20, 28, 28)))[:-5], 'holds 15675 bytes of data where its header says 20x28x28'),
+    (IMAGES, b'GIF89a',
+     'begins with 47 49 46 38; an IDX file of unsigned bytes in 3 dimensions begins with 00 00 08 03'),
+    (LABELS, b'', 'begins with nothing'),
+    (LABELS, idx(np.zeros((20, 3))), '00 00 08 02; an IDX file of unsigned bytes in 1 dimension begins'),
+    (LABELS, idx(np.zeros(19)), f'holds 20 images and {LABELS} 19 labels'),
+    (IMAGES, SHORT_GZIP, 'a gzip file that cannot be unpacked'),
+], ids=['no labels', 'no images', 'short', 'no IDX', 'empty', 'dimensions', 'count', 'short gzip'])
+def test_bad_idx_files_are_named(tmp_path, file, content, says):
+    mnist(tmp_path)
+    if content is None:
+        (tmp_path/file).unlink()
+    else:
+        (tmp_path/file).write_bytes(content)
+    with pytest.raises(InputError, match=says) as e:
+        get_images(str(tmp_path))
     assert str(tmp_path) in str(e.value)
 
 
@@ -168,40 +185,68 @@ def folders(folder, train='train', test='test', mode='RGB', suffix='png', size=8
     for part, n in ((train, 8), (test, 4)):
         for c, name in enumerate(classes):
             (folder/part/name).mkdir(parents=True)
-            for k in range(n): Image.new(mode, (size, size), 50 + 150*c + k if mode == 'L' else (50 + 150*c + k, k, 0)).save(folder/part/name/f'{k}.{suffix}')
+            for k in range(n):
+                color = 50 + 150*c + k if mode == 'L' else (50 + 150*c + k, k, 0)
+                Image.new(mode, (size, size), color).save(folder/part/name/f'{k}.{suffix}')
     return folder
 
 
-@pytest.mark.parametrize('mode,suffix,train,test', [('RGB', 'png', 'train', 'test'), ('L', 'png', 'training', 'testing'), ('RGB', 'jpg', 'train', 'valid')])
+@pytest.mark.parametrize('mode,suffix,train,test', [
+    ('RGB', 'png', 'train', 'test'),
+    ('L', 'png', 'training', 'testing'),
+    ('RGB', 'jpg', 'train', 'valid'),
+])
 def test_folders_of_images(tmp_path, mode, suffix, train, test):
     images = get_images(str(folders(tmp_path, train, test, mode, suffix)))
     channels = 3 if mode == 'RGB' else 1
-    assert images.train[0].shape == (16, channels, 8, 8) and images.valid[0].shape == (8, channels, 8, 8) and images.classes == 2
-    for x, y in (images.train, images.valid): assert torch.equal((x[:, 0, 4, 4] > 0).long(), y)
+    assert images.train[0].shape == (16, channels, 8, 8) and images.valid[0].shape == (8, channels, 8, 8)
+    assert images.classes == 2 and images.channels == channels
+    for x, y in (images.train, images.valid):
+        assert torch.equal((x[:, 0, 4, 4] > 0).long(), y)
     assert images.train[0].mean((0, 2, 3)).abs().max() < 1e-5
     few = get_images(str(tmp_path), n=8, size=4)
     assert few.train[0].shape == (8, channels, 4, 4) and few.valid[0].shape == (2, channels, 4, 4) and few.classes == 2
 
 
+def rename_all_images(folder):
+    for p in (folder/'train').rglob('*.png'):
+        p.rename(p.with_suffix('.txt'))
+
+
+def remove_all_classes(folder):
+    for p in folder.rglob('*.png'):
+        p.unlink()
+    for p in folder.rglob('*/*'):
+        p.rmdir()
+
+
 @pytest.mark.parametrize('damage,says', [
     (lambda f: (f/'test').rename(f/'other'), 'holds train/ but no test/<class>/ folders beside it'),
     (lambda f: (f/'train').rename(f/'other'), 'holds test/ but no train/<class>/ folders'),
-    (lambda f: (f/'test'/'cat').rename(f/'test'/'cow'), r"its class folders are \['cow', 'dog'\]; those of .*train are \['cat', 'dog'\]"),
-    (lambda f: [p.rename(p.with_suffix('.txt')) for p in (f/'train').rglob('*.png')], r'its class folders hold no image \(.jpeg, .jpg, .png\)'),
+    (lambda f: (f/'test'/'cat').rename(f/'test'/'cow'),
+     r"its class folders are \['cow', 'dog'\]; those of .*train are \['cat', 'dog'\]"),
+    (rename_all_images, r'its class folders hold no image \(.jpeg, .jpg, .png\)'),
     (lambda f: (f/'train'/'cat'/'3.png').write_bytes(b'no image'), 'cat/3.png: cannot be read as an image'),
     (lambda f: Image.new('RGB', (9, 8)).save(f/'train'/'dog'/'1.png'), '9x8 pixels in 3 channels'),
-    (lambda f: [p.unlink() for p in f.rglob('*.png')] and [p.rmdir() for p in f.rglob('*/*')], 'its class folders are none'),
+    (remove_all_classes, 'its class folders are none'),
 ])
 def test_bad_folders_are_named(tmp_path, damage, says):
     damage(folders(tmp_path))
-    with pytest.raises(InputError, match=says): get_images(str(tmp_path))
+    with pytest.raises(InputError, match=says):
+        get_images(str(tmp_path))
 
 
 def test_what_is_no_data_says_what_would_be(tmp_path):
-    with pytest.raises(InputError, match="--data: got '/no/such', which is no folder; it takes 'digits', a folder of MNIST's IDX files"): get_images('/no/such')
-    with pytest.raises(InputError, match=r'holds neither MNIST.s IDX files \(train-images-idx3-ubyte, .* nor folders train/<class>/'): get_images(str(tmp_path))
-    with pytest.raises(InputError, match='--n: got -1'): get_images(n=-1)
-    with pytest.raises(InputError, match="--download: got --data 'digits'; it takes --data mnist or --data cifar"): get_images(download=True)
+    said = "--data: got '/no/such', which is no folder; it takes 'digits', a folder of MNIST's IDX files"
+    with pytest.raises(InputError, match=said):
+        get_images('/no/such')
+    said = r'holds neither MNIST.s IDX files \(train-images-idx3-ubyte, .* nor folders train/<class>/'
+    with pytest.raises(InputError, match=said):
+        get_images(str(tmp_path))
+    with pytest.raises(InputError, match='--n: got -1'):
+        get_images(n=-1)
+    with pytest.raises(InputError, match="--download: got --data 'digits'; it takes --data mnist or --data cifar"):
+        get_images(download=True)
 
 
 def test_download_is_untar_datas(tmp_path, monkeypatch):
@@ -209,7 +254,8 @@ def test_download_is_untar_datas(tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, 'untar_data', lambda url: asked.append(url) or kept)
     assert get_images('CIFAR', download=True).classes == 2 and asked[0].endswith('cifar10.tgz')
     monkeypatch.setattr(data_module, 'fastai_cfg', lambda: type('C', (), {'path': lambda self, k: tmp_path})())
-    with pytest.raises(InputError, match=f"got 'mnist', and it is not in {tmp_path}; add --download"): get_images('mnist')
+    with pytest.raises(InputError, match=f"got 'mnist', and it is not in {tmp_path}; add --download"):
+        get_images('mnist')
     (tmp_path/'mnist_png').mkdir()
     get_images('mnist')
     assert asked[1].endswith('mnist_png.tgz')

@@ -1,1 +1,1 @@
-"The studies of the source documents, one command each: `python -m fastai_lsuv.experiments NAME`."
+"The studies of the source documents, a command each: `python -m fastai_lsuv.experiments NAME`."

@@ -1,36 +1,47 @@
 "The networks of the source documents."
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['GeneralRelu', 'ConvLayer', 'lesson11', 'torch_port', 'Maxout', 'ACTIVATIONS', 'FITNET4', 'Residual', 'fitnet4', 'deep_relu']
+__all__ = ['GeneralRelu', 'ConvLayer', 'lesson11', 'torch_port', 'Maxout', 'ACTIVATIONS', 'FITNET4', 'Residual',
+           'fitnet4', 'deep_relu']
 
 
 class GeneralRelu(nn.Module):
-    "Leaky ReLU less a shift that the notebook treats as the layer's bias."
+    "Leaky ReLU minus a shift. The notebook treats the shift as the bias of the layer."
     def __init__(self, leak: float = 0.1, sub: float = 0.4):
         super().__init__()
         self.leak,self.sub = leak,sub
-    def forward(self, x: Tensor) -> Tensor: return F.leaky_relu(x, self.leak) - self.sub
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, self.leak) - self.sub
 
 
 class ConvLayer(nn.Module):
-    "The lesson-11 notebook's `ConvLayer`: measured after its activation, its `bias` the activation's shift."
+    "`ConvLayer` of the lesson-11 notebook. It ends with its activation, and its `bias` is the activation's shift."
     def __init__(self, ni: int, nf: int, ks: int = 3, stride: int = 2, **kwargs):
         super().__init__()
         self.conv = nn.Conv2d(ni, nf, ks, padding=ks//2, stride=stride)
         self.relu = GeneralRelu(**kwargs)
-    def forward(self, x: Tensor) -> Tensor: return self.relu(self.conv(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(x))
+
     @property
-    def bias(self) -> float: return -self.relu.sub
+    def bias(self) -> float:
+        return -self.relu.sub
+
     @bias.setter
-    def bias(self, v: float) -> None: self.relu.sub = -v
+    def bias(self, v: float) -> None:
+        self.relu.sub = -v
+
     @property
-    def weight(self) -> Tensor: return self.conv.weight
+    def weight(self) -> Tensor:
+        return self.conv.weight
 
 
 def lesson11(
@@ -39,7 +50,9 @@ def lesson11(
     nfs: tuple[int, ...] = (8, 16, 32, 64, 64),  # Filters of each layer
     **kwargs  # `leak` and `sub` of each `GeneralRelu`
 ) -> nn.Sequential:
-    "The network of lesson 11's `07a_lsuv` notebook, for 28x28 images: five `ConvLayer`s of stride 2, pooled into a linear layer."
+    """The network of lesson 11's `07a_lsuv` notebook, for 28x28 images.
+
+    It has five `ConvLayer`s of stride 2, average pooling and a linear layer."""
     widths = [n_in, *nfs]
     convs = [ConvLayer(i, o, 5 if k == 0 else 3, **kwargs) for k, (i, o) in enumerate(zip(widths, widths[1:]))]
     return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(nfs[-1], n_out))
@@ -48,28 +61,41 @@ def lesson11(
 def torch_port(
     n_out: int = 10  # Classes
 ) -> nn.Sequential:
-    "The Torch port's MNIST network, that of Torch's own example with ReLU, for 32x32 images."
-    return nn.Sequential(nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(3, 3, padding=1), nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2),
-                         nn.Flatten(), nn.Linear(64*3*3, 200), nn.ReLU(), nn.Linear(200, n_out))
+    "The MNIST network of the Torch port, for 32x32 images. It is the network of Torch's own example, with ReLU."
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5), nn.ReLU(), nn.MaxPool2d(3, 3, padding=1),
+        nn.Conv2d(32, 64, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64*3*3, 200), nn.ReLU(), nn.Linear(200, n_out))
 
 
 class Maxout(nn.Module):
-    "The largest of `pieces` channels, each from a share of its own."
+    "Splits the channels into `pieces` and takes the largest value over the pieces."
     def __init__(self, pieces: int = 2):
         super().__init__()
         self.pieces = pieces
-    def forward(self, x: Tensor) -> Tensor: return reduce(torch.maximum, x.chunk(self.pieces, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reduce(torch.maximum, x.chunk(self.pieces, 1))
 
 
-ACTIVATIONS = {'maxout': Maxout, 'ReLU': nn.ReLU, 'VLReLU': lambda: nn.LeakyReLU(0.333), 'tanh': nn.Tanh, 'sigmoid': nn.Sigmoid}
+ACTIVATIONS = {
+    'maxout': Maxout,
+    'ReLU': nn.ReLU,
+    'VLReLU': partial(nn.LeakyReLU, 0.333),
+    'tanh': nn.Tanh,
+    'sigmoid': nn.Sigmoid,
+}
 
-FITNET4 = (((32, 3), (48, 2)), ((80, 6),), ((128, 6),))  # (filters, layers) of each group, pooled after each stage
+# The stages, each of groups of (filters, layers). A pooling ends each stage.
+FITNET4 = (((32, 3), (48, 2)), ((80, 6),), ((128, 6),))
 
 
 def _layer(ni: int, nf: int, act: str, norm: bool) -> list[nn.Module]:
-    "A 3x3 convolution that ends in `nf` channels after its activation."
+    "A 3x3 convolution and its activation, which gives `nf` channels."
     out = nf*(2 if act == 'maxout' else 1)
-    return [nn.Conv2d(ni, out, 3, padding=1, bias=not norm), *([nn.BatchNorm2d(out)] if norm else []), ACTIVATIONS[act]()]
+    conv = nn.Conv2d(ni, out, 3, padding=1, bias=not norm)
+    normed = [conv, nn.BatchNorm2d(out)] if norm else [conv]
+    return [*normed, ACTIVATIONS[act]()]
 
 
 class Residual(nn.Module):
@@ -77,7 +103,9 @@ class Residual(nn.Module):
     def __init__(self, layers: list[nn.Module]):
         super().__init__()
         self.layers = nn.Sequential(*layers)
-    def forward(self, x: Tensor) -> Tensor: return x + self.layers(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
 
 
 def fitnet4(
@@ -90,11 +118,12 @@ def fitnet4(
     norm: bool = False,  # Batch norm after each convolution
     residual: bool = False  # Skip past each two layers of equal width
 ) -> nn.Sequential:
-    """FitNet-4, the thin deep net of the paper: 17 convolutions in three stages, pooled over the whole image, and two linear layers.
+    """FitNet-4, the thin deep net of the paper: 17 convolutions in three stages, then two linear layers.
 
-    Maxout takes the larger of twice as many channels. The residual companion has the same layers: those that keep the
-    width add to what they are given, two at a time."""
-    def scaled(n, by): return max(round(n*by), 1)
+    Pooling over the whole image follows the last stage. Maxout takes the larger of twice as many channels. The residual
+    companion has the same layers. There, two layers that keep the width add to their input."""
+    def scaled(n: int, by: float) -> int:
+        return max(round(n*by), 1)
     ni,layers = n_in,[]
     for stage in FITNET4:
         for nf, n in stage:
@@ -102,11 +131,14 @@ def fitnet4(
             layers += _layer(ni, nf, act, norm)
             ni = nf
             same = [_layer(nf, nf, act, norm) for _ in range(n - 1)]
-            if residual: layers += [Residual(sum(same[i:i+2], [])) for i in range(0, n - 1, 2)]
-            else: layers += sum(same, [])
+            if residual:
+                layers += [Residual(sum(same[i:i+2], [])) for i in range(0, n - 1, 2)]
+            else:
+                layers += sum(same, [])
         layers.append(nn.MaxPool2d(2) if stage is not FITNET4[-1] else nn.AdaptiveMaxPool2d(1))
     hidden = scaled(500, width)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(ni, hidden*(2 if act == 'maxout' else 1)), ACTIVATIONS[act](), nn.Linear(hidden, n_out))
+    out = hidden*(2 if act == 'maxout' else 1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(ni, out), ACTIVATIONS[act](), nn.Linear(hidden, n_out))
 
 
 def deep_relu(
@@ -115,7 +147,7 @@ def deep_relu(
     n_out: int = 10,  # Classes
     width: int = 64  # Units of each hidden layer
 ) -> nn.Sequential:
-    "A plain ReLU network: linear layers, nothing between them but ReLU."
+    "A plain ReLU network: linear layers with ReLU between them."
     widths = [n_in, *[width]*(depth - 1), n_out]
     layers = sum(([nn.Linear(i, o), nn.ReLU()] for i, o in zip(widths, widths[1:])), [])
     return nn.Sequential(nn.Flatten(), *layers[:-1])

@@ -1,21 +1,33 @@
-"What the experiments share: training an arm, mean and spread over seeds, tables, and what is saved under `--out`."
+"What the experiments share: options, training an arm, mean and spread over seeds, tables, and the files under `--out`."
 from __future__ import annotations
 
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from fastai.basics import SGD, Callback, CrossEntropyLossFlat, Learner, Recorder, accuracy, progress_bar, set_seed
+from fastcore.script import anno_parser
 from torch import nn
 
 from .data import Images, InputError
 
-__all__ = ['OUT', 'positive', 'words', 'word', 'numbers', 'seeded', 'Runs', 'pm', 'percent', 'table', 'say', 'save', 'curves']
+__all__ = ['OUT', 'run_command', 'positive', 'words', 'word', 'numbers', 'seeded', 'Runs', 'pm', 'pair', 'percent',
+           'table', 'say', 'save', 'band', 'curves']
 
-OUT = 'out/experiments'  # Where tables and pictures go by default
+OUT = 'out/experiments'  # Tables and pictures go here by default
+
+
+def run_command(
+    f: Callable,  # Its parameters are the options; their comments are the help
+    argv: list[str],  # The options as given
+    prog: str  # The program, as the help names it
+) -> Any:  # What `f` returns
+    "Run a function as a command."
+    options = vars(anno_parser(f, prog=prog).parse_args(argv))
+    return f(**{k: v for k, v in options.items() if k not in ('pdb', 'xtra')})  # these two are fastcore's own
 
 
 def positive(**options: float) -> None:
@@ -32,8 +44,10 @@ def words(
     "Read a list of words."
     names = {k.lower(): k for k in known}
     got = [w.strip() for w in given.split(',') if w.strip()]
-    odd = next((w for w in got if w.lower() not in names), None)
-    if odd is not None or not got: raise InputError(f"--{option}: got {odd or given!r}; it takes any of {', '.join(names.values())}, separated by commas")
+    unknown = next((w for w in got if w.lower() not in names), None)
+    if unknown is not None or not got:
+        choice = ', '.join(names.values())
+        raise InputError(f"--{option}: got {unknown or given!r}; it takes any of {choice}, separated by commas")
     return [names[w.lower()] for w in got]
 
 
@@ -51,76 +65,98 @@ def word(
 def numbers(
     option: str,  # Name of the option
     given: str,  # Numbers separated by commas
-    kind: type = float  # What they are to be
+    kind: type = float  # Of each number
 ) -> list:
     "Read a list of positive numbers."
     try:
         got = [kind(w) for w in given.split(',')]
-        if min(got) > 0: return got
-    except ValueError: pass
-    raise InputError(f"--{option}: got {given!r}; it takes positive {'whole ' if kind is int else ''}numbers separated by commas")
+    except ValueError:
+        got = []
+    if got and min(got) > 0: return got
+    whole = 'whole ' if kind is int else ''
+    raise InputError(f"--{option}: got {given!r}; it takes positive {whole}numbers separated by commas")
 
 
 def seeded(seed: int) -> None:
-    "Begin Python's, numpy's and torch's random numbers anew."
+    "Seed the random numbers of Python, numpy and torch."
     set_seed(seed, reproducible=True)
 
 
 class _Epochs(Callback):
-    "A row an epoch; the bar moves on."
+    "Adds a row an epoch and moves the progress bar."
     order = Recorder.order + 1
+
     def __init__(self, runs: Runs, arm: dict):
         self.runs,self.arm,self.seconds = runs,arm,0.
         self.began = time.perf_counter()
-    def after_train(self): self.seconds += time.perf_counter() - self.began
+
+    def after_train(self):
+        self.seconds += time.perf_counter() - self.began
+
     def after_epoch(self):
         train_loss,valid_loss,acc = self.recorder.values[-1]
-        seen = dict(epoch=self.epoch + 1, accuracy=acc, train_loss=train_loss, valid_loss=valid_loss, seconds=self.seconds)
-        self.runs.rows.append(self.arm | seen)
+        self.runs.rows.append(self.arm | dict(
+            epoch=self.epoch + 1, accuracy=acc, train_loss=train_loss, valid_loss=valid_loss, seconds=self.seconds))
         self.runs.bar.update(len(self.runs.rows))
         self.began = time.perf_counter()  # validation does not count
 
 
 class Runs:
-    "Trains arms, each from the same random numbers, under one progress bar; `df()` has a row an arm, a seed and an epoch."
+    """Trains arms under one progress bar. Each arm starts from the same random numbers.
+
+    `df()` has a row an arm, a seed and an epoch."""
     def __init__(self,
         images: Images,
         bs: int,  # Batch size
-        runs: int,  # How many there will be
+        runs: int,  # Number of runs to come
         epochs: int  # Of each
     ):
         self.rows: list[dict] = []
-        self.images,self.bs,self.epochs,self.bar = images,bs,epochs,progress_bar(range(runs*epochs), leave=False)
+        self.images,self.bs,self.epochs = images,bs,epochs
+        self.bar = progress_bar(range(runs*epochs), leave=False)
         self.bar.update(0)
 
     def fit(self,
-        arm: dict[str, Any],  # What tells it apart, a column each
+        arm: dict[str, Any],  # What tells the arm apart, a column each
         seed: int,  # Of the batches
         model: nn.Module,  # With its first weights
         lr: float,
-        cbs: list[Callback],  # What completes its start
-        mom: float = 0.,  # Momentum of SGD, plain by default
+        cbs: list[Callback],  # Callbacks that complete the start
+        mom: float = 0.,  # Momentum of SGD; plain SGD by default
         wd: float = 0.  # Weight decay, as L2 regularization of the weights
     ) -> Learner:
         "Train one arm from one seed by SGD."
         seeded(seed)
-        dls = self.images.dls(self.bs)  # fastai's DataLoaders draw their own seed when they are made
+        dls = self.images.dls(self.bs)  # fastai's DataLoaders draw their seed when they are made
         opt_func = partial(SGD, mom=mom, decouple_wd=False)
-        learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy, wd=wd, cbs=cbs)
+        learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy, wd=wd, cbs=cbs)
         learn.add_cb(_Epochs(self, {**arm, 'seed': seed}))
-        with learn.no_logging(), learn.no_bar(): learn.fit(self.epochs, lr)
+        with learn.no_logging(), learn.no_bar():
+            learn.fit(self.epochs, lr)
         return learn
 
-    def df(self) -> pd.DataFrame: return pd.DataFrame(self.rows)
+    def df(self) -> pd.DataFrame:
+        "All rows so far."
+        return pd.DataFrame(self.rows)
 
 
 def pm(values: pd.Series, digits: int = 3, scale: float = 1.) -> str:
-    "Mean, and spread over the seeds where there are several."
+    "The mean, and the spread over the seeds if there are several."
     mean = f'{scale*values.mean():.{digits}f}'
     return f'{mean} ± {scale*values.std():.{digits}f}' if len(values) > 1 else mean
 
 
-def percent(values: pd.Series) -> str: return pm(values, 1, 100)
+def percent(values: pd.Series) -> str:
+    "Mean and spread in percent."
+    return pm(values, 1, 100)
+
+
+def pair(
+    mean: float, std: float
+) -> str:
+    "(mean, std) with four decimals, the way a person reads them."
+    mean = round(mean, 4) + 0.  # + 0. turns -0. into 0.
+    return f'({mean:.4f}, {std:.4f})'
 
 
 def table(
@@ -128,9 +164,9 @@ def table(
     rows: str | list[str],  # Columns that become rows
     columns: str,  # Column whose values become columns
     values: str,  # Column to sum up
-    cell=percent  # What becomes of the values of one cell
+    cell: Callable = percent  # Makes the text of a cell from its values
 ) -> pd.DataFrame:
-    "Sum up a tidy table, in the order in which things appear in it."
+    "Sum up a tidy table. Rows and columns keep the order in which they first appear."
     keys = [rows] if isinstance(rows, str) else rows
     out = df.groupby([*keys, columns], sort=False)[values].apply(cell).unstack(columns)
     out = out.reindex(columns=df[columns].unique())
@@ -139,8 +175,9 @@ def table(
 
 def say(title: str, what: Any = '') -> None:
     "Print a table under its title."
-    if isinstance(what, pd.Series): what = what.to_frame()
-    if isinstance(what, pd.DataFrame):  # the names of rows and columns in the corner, not in a line of their own
+    if isinstance(what, pd.Series):
+        what = what.to_frame()
+    if isinstance(what, pd.DataFrame):  # the corner holds the names of rows and columns, which saves a line
         corner = ' / '.join(str(name) for name in (what.index.name, what.columns.name) if name)
         what = what.rename_axis(index=None, columns=corner or None).to_string()
     print(f'\n{title}\n{what}' if len(what) else f'\n{title}')
@@ -150,9 +187,9 @@ def save(
     name: str,  # Of the experiment
     out: str,  # Folder; '' saves nothing
     fig: plt.Figure,
-    **tables: pd.DataFrame  # '' names the main one
+    **tables: pd.DataFrame  # The file of `main` has the name of the experiment alone
 ) -> None:
-    "Write the picture and the tables, and say where they are."
+    "Write the picture and the tables, and print where they are."
     if not out: return
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,16 +201,27 @@ def save(
     say('Saved: ' + ', '.join(map(str, files)))
 
 
+def band(
+    ax: plt.Axes,
+    groups: Any,  # A grouped column: a group a point
+    at: pd.Series | None = None,  # Positions of the points; the keys of the groups by default
+    alpha: float = .15,  # Of the band
+    **kwargs  # Of `plot`
+) -> None:
+    "The means of the groups as a line, and a band from the least to the most of each."
+    mean = groups.mean()
+    at = mean.index if at is None else at
+    line, = ax.plot(at, mean, **{'marker': 'o', 'ms': 3, **kwargs})
+    ax.fill_between(at, groups.min(), groups.max(), color=line.get_color(), alpha=alpha, lw=0)
+
+
 def curves(
     ax: plt.Axes,
     df: pd.DataFrame,  # Of one arm
-    x: str = 'epoch',
-    y: str = 'accuracy',
+    x: str = 'epoch',  # Or 'seconds'
     **kwargs  # Of `plot`
 ) -> None:
-    "Mean over the seeds as a line, from least to most as a band."
+    "Accuracy by epoch: the mean over the seeds as a line, and a band from least to most."
     by = df.groupby('epoch')
-    at,mean = (by.mean(numeric_only=True).index if x == 'epoch' else by[x].mean()),by[y].mean()
-    line, = ax.plot(at, mean, **{'marker': 'o', 'ms': 3, **kwargs})
-    ax.fill_between(at, by[y].min(), by[y].max(), color=line.get_color(), alpha=.15, lw=0)
+    band(ax, by.accuracy, at=None if x == 'epoch' else by[x].mean(), **kwargs)
     ax.grid(alpha=.3)

@@ -1,4 +1,4 @@
-"\"Why 0 mean and 1 std?\": products and sums of normals, six matrix products, and the same six as a network."
+"\"Why 0 mean and 1 std?\": products and sums of normals, six matrix products, and the same products as a network."
 from __future__ import annotations
 
 from math import sqrt
@@ -12,7 +12,7 @@ from fastcore.script import call_parse
 from torch import nn
 
 from .. import layer_stats, lsuv_init
-from .study import OUT, positive, save, say, seeded
+from .study import OUT, band, positive, save, say, seeded
 
 LAYERS = 6
 DOCUMENT = {  # (mean, std) that the post reports
@@ -24,7 +24,11 @@ DOCUMENT = {  # (mean, std) that the post reports
     'six products, std 2': (243008.276950, 60611755.826758),
     'six products, mean 1': (-2637638925.689581, 95386006060.297302),
 }
-WEIGHTS = {'std 1/√n': lambda n: (0., 1/sqrt(n)), 'std 2': lambda n: (0., 2.), 'mean 1': lambda n: (1., 1/sqrt(n))}  # Mean and std of the weights of n inputs
+WEIGHTS = {  # Mean and std of the weights of a layer with n inputs
+    'std 1/√n': lambda n: (0., 1/sqrt(n)),
+    'std 2': lambda n: (0., 2.),
+    'mean 1': lambda n: (1., 1/sqrt(n)),
+}
 
 
 @call_parse
@@ -34,12 +38,17 @@ def why(
     seeds: int = 10,  # Runs of each, from seeds 1, 2, ...
     out: str = OUT  # Folder for tables and picture; '' saves nothing
 ) -> pd.DataFrame:  # A row a case and a seed
-    """Products, sums and six matrix products of normals: the mean and std of each, beside the post's; then the six as a network, before and after LSUV."""
+    """Products, sums and six matrix products of normals: the mean and std of each, beside those of the post.
+
+    Then the same six products as a network, before and after LSUV."""
     positive(nums=nums, width=width, seeds=seeds)
     cases,layers = [],[]
     for seed in progress_bar(range(1, seeds + 1), leave=False):
-        cases += [dict(case=case, seed=seed, mean=y.mean(), std=y.std()) for case, y in normals(nums, width, seed).items()]
-        for name, weights in WEIGHTS.items(): layers += [dict(weights=name, seed=seed, **row) for row in as_network(*weights(width), width, seed)]
+        for case, y in normals(nums, width, seed).items():
+            cases.append(dict(case=case, seed=seed, mean=y.mean(), std=y.std()))
+        for name, weights in WEIGHTS.items():
+            rows = as_network(*weights(width), width, seed)
+            layers += [dict(weights=name, seed=seed, **row) for row in rows]
     df,layers = pd.DataFrame(cases),pd.DataFrame(layers)
     df[['document_mean', 'document_std']] = [DOCUMENT[c] for c in df.case]
 
@@ -47,13 +56,13 @@ def why(
     small = '{:.6g}'.format
     say(f"Mean and std, seed 1 and over {seeds} seeds, beside the document's", pd.DataFrame({
         'mean': by['mean'].first().map(small), 'std': by['std'].first().map(small),
-        'std, seeds': [f'{lo:.3g} to {hi:.3g}' for lo, hi in zip(by['std'].min(), by['std'].max())],
+        'std, seeds': [f'{least:.3g} to {most:.3g}' for least, most in zip(by['std'].min(), by['std'].max())],
         "document's mean": by.document_mean.first().map(small), "document's std": by.document_std.first().map(small)}))
     for name, of in layers[layers.seed == 1].groupby('weights', sort=False):
         wide = of.pivot(index='layer', columns='when', values=['mean', 'std'])
         wide = wide.map(lambda v: f'{v:.4g}' if abs(v) > 1e-4 else '0.0000')
-        say(f'Six linear layers, weights of {name}, as a network',
-            pd.DataFrame({f'{what} {when}': wide[what, when] for when in ('before', 'after') for what in ('mean', 'std')}))
+        columns = {f'{what} {when}': wide[what, when] for when in ('before', 'after') for what in ('mean', 'std')}
+        say(f'Six linear layers, weights of {name}, as a network', pd.DataFrame(columns))
     save('why', out, _picture(layers), main=df, network=layers)
     return df
 
@@ -62,17 +71,24 @@ def normals(
     nums: int,  # Numbers in a product or sum
     n: int,  # Rows and columns of a matrix
     seed: int
-) -> dict[str, np.ndarray]:  # What each case of `DOCUMENT` comes to
-    "The post's arithmetic."
-    rng = np.random.default_rng(seed)
-    N = rng.normal
-    def products(k, mean, std):
-        y = N(size=(n, n))
-        for _ in range(k): y = y @ N(mean, std, (n, n))
+) -> dict[str, np.ndarray]:  # The result of each case of `DOCUMENT`
+    "The arithmetic of the post."
+    normal = np.random.default_rng(seed).normal
+
+    def products(k: int, mean: float, std: float) -> np.ndarray:
+        y = normal(size=(n, n))
+        for _ in range(k):
+            y = y @ normal(mean, std, (n, n))
         return y
-    half,unit = 1/sqrt(2),1/sqrt(n)
-    results = [N(size=nums)*N(size=nums), N(size=nums) + N(size=nums), N(0, half, nums) + N(0, half, nums), products(1, 0, unit),
-               *(products(LAYERS, *weights(n)) for weights in WEIGHTS.values())]
+
+    half = 1/sqrt(2)
+    results = [
+        normal(size=nums)*normal(size=nums),
+        normal(size=nums) + normal(size=nums),
+        normal(0, half, nums) + normal(0, half, nums),
+        products(1, 0, 1/sqrt(n)),
+        *(products(LAYERS, *weights(n)) for weights in WEIGHTS.values()),
+    ]
     return dict(zip(DOCUMENT, results))
 
 
@@ -81,7 +97,7 @@ def as_network(
     n: int,  # Units of each layer
     seed: int
 ) -> list[dict]:  # A row a layer, before and after
-    "The six matrix products as linear layers: their means and stds, and what LSUV makes of them."
+    "The six matrix products as linear layers: their means and stds, before and after LSUV."
     seeded(seed)
     model = nn.Sequential(*[nn.Linear(n, n) for _ in range(LAYERS)]).double()
     for m in model:
@@ -90,23 +106,26 @@ def as_network(
     x = torch.randn(n, n, dtype=torch.float64)
     rows = []
     for when in ('before', 'after'):
-        if when == 'after': lsuv_init(model, x, preinit=None)
-        rows += [dict(layer=k + 1, when=when, mean=m, std=s) for k, (m, s) in enumerate(layer_stats(model, x).pairs)]
+        if when == 'after':
+            lsuv_init(model, x, preinit=None)
+        for k, (m, s) in enumerate(layer_stats(model, x).pairs):
+            rows.append(dict(layer=k + 1, when=when, mean=m, std=s))
     return rows
 
 
 def _picture(layers: pd.DataFrame) -> plt.Figure:
     "Std and |mean| of each layer, before and after."
     fig,axs = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    for ax, what in zip(axs, ('std', 'mean')):
+    layers = layers.assign(**{'|mean|': layers['mean'].abs()})
+    for ax, what in zip(axs, ('std', '|mean|')):
         for i, name in enumerate(WEIGHTS):
             for when, ls in (('before', '-'), ('after', '--')):
-                by = layers[(layers.weights == name) & (layers.when == when)].assign(mean=lambda d: d['mean'].abs()).groupby('layer')[what]
-                ax.plot(by.mean(), color=f'C{i}', ls=ls, marker='o', ms=3, label=f'weights of {name}, {when} LSUV')
-                ax.fill_between(by.mean().index, by.min(), by.max(), color=f'C{i}', alpha=.12, lw=0)
-        if what == 'std': ax.set_yscale('log')
-        else: ax.set_yscale('symlog', linthresh=.01)
-        ax.set(title=f'{"|mean|" if what == "mean" else "std"} of each layer', xlabel='layer')
+                of = layers[(layers.weights == name) & (layers.when == when)]
+                label = f'weights of {name}, {when} LSUV'
+                band(ax, of.groupby('layer')[what], alpha=.12, color=f'C{i}', ls=ls, label=label)
+        ax.set(title=f'{what} of each layer', xlabel='layer')
         ax.grid(alpha=.3)
+    axs[0].set_yscale('log')
+    axs[1].set_yscale('symlog', linthresh=.01)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False)
     return fig

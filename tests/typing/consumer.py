@@ -1,4 +1,4 @@
-"What users write, for `mypy --strict` to read: the public names have the types that the documentation gives them."
+"Code of a user, which `mypy --strict` reads. The public names have the types that the documentation gives them."
 from typing import Any, Iterator
 
 import numpy as np
@@ -14,22 +14,32 @@ model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
 batch = torch.randn(64, 8)
 
 
-def halved(name: str, module: nn.Module) -> float: return 0.5 if name.endswith('.out') else 1.
+def halved(name: str, module: nn.Module) -> float:
+    return 0.5 if name.endswith('.out') else 1.
+
 
 def kaiming(layer: nn.Module) -> None:
-    if isinstance(layer, nn.Linear): nn.init.kaiming_normal_(layer.weight)
+    if isinstance(layer, nn.Linear):
+        nn.init.kaiming_normal_(layer.weight)
 
-def inputs(b: dict[str, Tensor]) -> Tensor: return b['image']
+
+def inputs(b: dict[str, Tensor]) -> Tensor:
+    return b['image']
+
 
 def stream() -> Iterator[Tensor]:
-    while True: yield torch.randn(64, 8)
+    while True:
+        yield torch.randn(64, 8)
 
 
 # without a Learner
 report = lsuv_init(model, batch)
 assert_type(report, LSUVReport)
-assert_type(lsuv_init(model, stream(), order='mean+std', modules=[nn.Linear, 'head.*', model[0], lambda m: m is not model], preinit=kaiming, target_mean=0.1,
-                      target_std=halved, tol=1e-4, batch_tol=0.05, max_iter=5, per_channel=True, baseline=True, n_inp=1), LSUVReport)
+report = lsuv_init(
+    model, stream(), order='mean+std', modules=[nn.Linear, 'head.*', model[0], lambda m: m is not model],
+    preinit=kaiming, target_mean=0.1, target_std=halved, tol=1e-4, batch_tol=0.05, max_iter=5,
+    per_channel=True, baseline=True, n_inp=1)
+assert_type(report, LSUVReport)
 assert_type(lsuv_init(model, {'x': batch}, preinit=None, get_input=inputs), LSUVReport)
 assert_type(layer_stats(model, (batch,), modules=nn.Linear), LSUVReport)
 
@@ -42,7 +52,8 @@ assert_type(report[0], Row)
 assert_type(report['head'].std, float)
 assert_type(report[:2], tuple[Row, ...])
 assert_type(len(report), int)
-for row in report: assert_type(row, Row)
+for row in report:
+    assert_type(row, Row)
 assert_type(report[0].shape, tuple[int, ...])
 assert_type(report[0].mean_before, float | None)
 assert_type(STATUSES[report[0].status], str)
@@ -53,23 +64,27 @@ report.plot(figsize=(6., 3.))
 lsuv = LSUVCallback(order='mean std', modules=nn.Linear, target_std=halved, min_samples=32, every_fit=True, force=True)
 lsuv.reset()
 assert_type(lsuv.report, LSUVReport | None)
-recorder = ActivationStatsRecorder(modules='*.conv', every=2, hist=(40, 0., 10.), grads=True, valid=True, max_steps=100, fname='stats.csv', append=True)
+recorder = ActivationStatsRecorder(
+    modules='*.conv', every=2, hist=(40, 0., 10.), grads=True, valid=True, max_steps=100,
+    fname='stats.csv', append=True)
 assert_type(recorder.names, list[str])
 assert_type(recorder.pairs, Pairs)
-for mean, std in recorder.pairs: assert_type(std, float)
+for mean, std in recorder.pairs:
+    assert_type(std, float)
 assert_type(recorder.hist('0', phase='valid'), Tensor)
 recorder.df().to_csv('stats.csv')
 means, stds, zeros = recorder.layer_stats(0)
 diagnosis = recorder.diagnose(vanish=0.1)
 assert_type(diagnosis, Diagnosis)
-for finding in diagnosis: assert_type(finding, Finding)
+for finding in diagnosis:
+    assert_type(finding, Finding)
 recorder.plot_stats(('mean', 'near_zero'))
 recorder.plot_layer_stats(0)
 recorder.dead_chart()
 grid: Any = recorder.color_dim()
 axes: np.ndarray[Any, Any] = recorder.plot_stats('std')
 
-# what is wrong is seen: each of these has to be ignored by hand
+# mypy must report an error in each of these lines: it also reports an `ignore` without an error
 lsuv_init(model, batch, ordr='std')  # type: ignore[call-arg]
 lsuv_init(model, batch, order=('std',))  # type: ignore[arg-type]
 lsuv_init(model, batch, 'std')  # type: ignore[call-arg]

@@ -1,0 +1,167 @@
+"The benchmarks run on the CPU and name what they measure."
+import csv
+import importlib.util
+import sys
+from inspect import signature
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+BENCHMARKS = Path(__file__).parent.parent/'benchmarks'
+pytestmark = pytest.mark.usefixtures('axes')
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path):
+    "Loads a benchmark, which writes its results into a folder of the test."
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS/f'{name}.py')
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look it up there
+        spec.loader.exec_module(module)
+        for folder in 'RESULTS', 'IMAGES':
+            if hasattr(module, folder):
+                monkeypatch.setattr(module, folder, tmp_path)
+        return module
+
+    yield load
+    sys.modules.pop('_common', None)
+
+
+def rows(file):
+    with open(file, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def small_models(init_cost):
+    "A model of each kind, small enough for a test."
+    return {
+        'cnn': init_cost.MODELS['cnn10'],
+        'lm': init_cost.Model('language model', lambda s: small_language_model(init_cost), small_text),
+    }
+
+
+def small_language_model(init_cost):
+    return init_cost.LanguageModel(tokens=50, length=16, width=16, layers=2, heads=2)
+
+
+def small_text(setting):
+    return torch.randint(0, 50, (4, 16))
+
+
+def test_init_cost_measures_time_passes_and_memory(benchmark, monkeypatch, tmp_path, capsys):
+    init_cost = benchmark('init_cost')
+    monkeypatch.setattr(init_cost, 'MODELS', small_models(init_cost))
+    init_cost.main(models='cnn,lm', rounds=1, no_peers=True, batch=4, size=8, width=8, device='cpu')
+    written = rows(tmp_path/'init_cost.csv')
+    assert [(r['model'], r['contestant'], r['passes_begun']) for r in written] == [
+        (model, contestant, passes) for model in ('10-layer CNN', 'language model') for contestant, passes in
+        (('a correcting pass alone', '1'), ('lsuv_init, preinit=None', '2'), ('lsuv_init', '2'))]
+    assert all(float(r['seconds']) > 0 and float(r['forwards']) > 0.5 for r in written)
+    said = capsys.readouterr().out
+    assert 'Peak memory' in said and '| 10-layer CNN | 10 |' in said and 'Times faster' not in said
+    assert (tmp_path/'init_cost.png').stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_init_cost_measures_the_peers(benchmark, monkeypatch, tmp_path, capsys):
+    pytest.importorskip('lsuv')
+    pytest.importorskip('anyinit')
+    init_cost = benchmark('init_cost')
+    monkeypatch.setattr(init_cost, 'MODELS', {'cnn': init_cost.MODELS['cnn10']})
+    init_cost.main(models='cnn', rounds=1, batch=4, size=8, width=8, device='cpu')
+    passes = {r['contestant']: int(r['passes_begun']) for r in rows(tmp_path/'init_cost.csv')}
+    assert passes['lsuv'] > 10 and passes['anyinit, empirical'] > 10
+    assert 'Times faster' in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_named(benchmark, monkeypatch, capsys):
+    init_cost = benchmark('init_cost')
+
+    def fails(model, x):
+        raise ValueError('no such layer')
+
+    monkeypatch.setattr(init_cost, 'installed', list)
+    monkeypatch.setitem(init_cost.CONTESTANTS, 'lsuv', init_cost.Contestant('lsuv', 'C0', fails, peer='lsuv'))
+    monkeypatch.delitem(init_cost.CONTESTANTS, 'lsuv_keep')
+    monkeypatch.delitem(init_cost.CONTESTANTS, 'anyinit')
+    monkeypatch.setattr(init_cost, 'label', lambda package: package)
+    monkeypatch.setattr(init_cost, 'MODELS', small_models(init_cost))
+    init_cost.main(models='lm', rounds=1, device='cpu', no_save=True)
+    said = capsys.readouterr().out
+    assert 'language model: lsuv fails. ValueError: no such layer' in said and '| fails |' in said
+
+
+def test_the_models_have_the_sizes_that_they_name(benchmark):
+    init_cost = benchmark('init_cost')
+    assert list(init_cost.MODELS) == ['cnn10', 'cnn30', 'cnn100', 'resnet50', 'vit_ti', 'vgg16', 'lm125m']
+    with torch.device('meta'):
+        sizes = {k: sum(p.numel() for p in init_cost.MODELS[k].make(None).parameters()) for k in ('vgg16', 'lm125m')}
+    assert sizes == {'vgg16': 138_357_544, 'lm125m': 124_439_808}
+
+
+def test_the_language_model_sees_the_past_alone(benchmark):
+    model = small_language_model(benchmark('init_cost'))
+    x = small_text(None)
+    other = x.clone()
+    other[:, 10:] = (x[:, 10:] + 1) % 50
+    with torch.no_grad():
+        same = torch.isclose(model(x), model(other), atol=1e-6).all(-1)
+    assert same[:, :10].all() and not same[:, 10:].any()
+
+
+def test_peak_bytes_sees_what_is_held_for_a_moment(benchmark):
+    init_cost = benchmark('init_cost')
+    held = init_cost.peak_bytes(lambda: torch.zeros(2**20).sum(), torch.device('cpu'))
+    assert 4*2**20 <= held < 5*2**20
+
+
+@pytest.mark.slow
+def test_reach_judges_from_outside(benchmark, tmp_path, capsys):
+    pytest.importorskip('timm')
+    reach = benchmark('reach')
+    reach.main(only='torchvision/resnet18,hand/tied_embedding', packages='fastai_lsuv', device='cpu')
+    columns = 'outcome', 'layers', 'reached', 'passes_begun'
+    found = {r['network']: [r[c] for c in columns] for r in rows(tmp_path/'reach.csv')}
+    assert found['torchvision/resnet18'] == ['ended', '21', '21', '2']
+    assert found['hand/tied_embedding'] == ['ended', '2', '1', '2'] and len(found) == 2
+    assert '22 of 23 (95.7 %)' in capsys.readouterr().out
+
+
+def test_reach_pools_the_calls_of_a_layer(benchmark):
+    reach = benchmark('reach')
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(3*self.layer(x))
+
+    model,x = Twice(),torch.randn(16, 4)
+    with torch.no_grad():
+        both = torch.cat([model.layer(x), model(x)])
+    assert reach.stds(model, x)['layer'] == pytest.approx(both.std(correction=0).item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_features_of_this_package(benchmark, tmp_path, monkeypatch):
+    features = benchmark('features')
+    monkeypatch.setattr(features, 'installed', lambda names: [n for n in names if n == 'fastai_lsuv'])
+    features.main(out=str(tmp_path/'features.md'), device='cpu')
+    tables = [line.split('|')[1:-1] for line in (tmp_path/'features.md').read_text().splitlines() if line[:1] == '|']
+    ours = {cells[0].strip(): cells[1].strip() for cells in tables if cells[0][0] == ' '}
+    assert ours.pop('forward passes, 20 layers') == '2'
+    assert {ours.pop('initialization'), ours.pop('recording')} == {features.label('fastai_lsuv')}
+    assert len(ours) == len(features.INITIALIZATION) + len(features.RECORDING) - 1 and set(ours.values()) == {'yes'}
+
+
+@pytest.mark.parametrize('name', ['features', 'init_cost', 'reach', 'recorder_cost'])
+def test_every_benchmark_takes_a_device(benchmark, name):
+    device = signature(benchmark(name).main).parameters['device']
+    assert device.default == 'cpu' or name == 'recorder_cost'
