@@ -308,6 +308,11 @@ def test_an_attribute_that_refuses_writes(kind, fails):
     assert kind != 'frozen dict' or list(refuser.items()) == [(f'k{i}', i) for i in range(29)]
 
 
+def beside(e):
+    "What is told beside an exception: in its notes or, before Python 3.11, as its context."
+    return ''.join(getattr(e, '__notes__', [])) + str(e.__context__)
+
+
 def sealed_by_the_forward():
     "A model whose forward writes to an array, and then seals it."
     def forward(self, x):
@@ -324,7 +329,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back(fails):
     model.fails = fails
     was = fingerprint(model)
     with pytest.raises(ZeroDivisionError if fails else RestoreError) as e: lsuv_init(model, torch.randn(32, 4) + 3)
-    said = ''.join(getattr(e.value, '__notes__', [])) + str(e.value.__context__) if fails else str(e.value)
+    said = beside(e.value) if fails else str(e.value)
     assert "could not put back: 'seen', " in said and '(ValueError). All else is as it was.' in said
     now = fingerprint(model)
     assert now['']['seen'] != was['']['seen']
@@ -370,13 +375,13 @@ def test_a_small_parameter_that_the_forward_writes(data):
 
 def test_a_large_parameter_that_the_forward_writes_is_named():
     model = Bank(2**14 + 1)
-    with pytest.warns(UserWarning, match=r'which are not put back: bank$'): assert lsuv_init(model,
-                                                                                             torch.randn(32, 4)).ok
+    with pytest.warns(UserWarning, match=r'which are not put back: bank$'):
+        assert lsuv_init(model, torch.randn(32, 4)).ok
     assert model.bank[:8].any()
     model.fails, was = True, model.lin.weight.clone()
     with pytest.raises(ZeroDivisionError) as e: lsuv_init(model, torch.randn(32, 4))
     assert torch.equal(model.lin.weight, was)
-    assert "could not put back: 'bank', the forward pass writes to it" in ''.join(e.value.__notes__)
+    assert "could not put back: 'bank', the forward pass writes to it" in beside(e.value)
 
 
 def test_large_parameters_that_are_only_read_are_not_named():
