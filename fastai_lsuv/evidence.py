@@ -12,9 +12,9 @@ __all__ = ['Doubt', 'doubt', 'varies', 'mean_tolerance', 'ALIKE_SPREAD', 'ALIKE_
 
 # What is left of a float32 activation that does not vary, relative to its magnitude.
 _NOISE = 1e-6
-# One sample carries the std if it makes the std this many times what the others have; more of fewer samples, whose stds
-# differ by chance.
-_CARRIED,_ENOUGH_SAMPLES = 3.,16
+# One sample carries the std if it makes the std this many times what it is without that sample. Of fewer than 16 samples,
+# which differ more by chance, more is asked for, and fewer than 4 do not tell.
+_CARRIED,_ENOUGH_SAMPLES,_FEW_SAMPLES = 3.,16,4
 # A norm layer sees samples that are alike if its eps leaves less than this share of its output's variance,
 ALIKE_SPREAD = 0.1
 # and the samples differ by this share of their mean square.
@@ -37,7 +37,7 @@ def doubt(
 ) -> str:  # A value of `Doubt`, or ""
     "Whether moments are no ground to correct a unit from, and why."
     n = evidence.samples
-    if n > 1:
+    if n >= _FEW_SAMPLES:
         carried = _CARRIED*max(1., _ENOUGH_SAMPLES/n)
         if (1 - evidence.top)*carried**2 < 1 - 1/n: return Doubt.OUTLIER.value
     return Doubt.ALIKE.value if evidence.norm < ALIKE_SPREAD and needed > _MOST_GAIN else ''

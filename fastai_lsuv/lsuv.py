@@ -119,7 +119,7 @@ def initialize(
             rows = [_row(u, before) for u in _in_order(passes)]
             undone = ''
         n_passes = n + bool(before) + (check.pair is not None)
-        return LSUVReport(rows, order=options.order, n_passes=n_passes, loss=check.pair, undone=undone)
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.error)
 
 
 def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[float, float]]:

@@ -66,9 +66,11 @@ class LSUVReport:
         order: str = '',  # The loops that were run; "" if none
         n_passes: int = 1,  # Full forward passes it took
         loss: tuple[float, float] | None = None,  # Training loss before and after, if it was taken
-        undone: str = ''  # Why the weights were put back; "" if they were not
+        undone: str = '',  # Why the weights were put back; "" if they were not
+        loss_error: str = ''  # Why the loss was not taken although it was asked for
     ):
-        self.rows,self.order,self.n_passes,self.loss,self.undone = tuple(rows),order,n_passes,loss,undone
+        self.rows,self.order,self.n_passes = tuple(rows),order,n_passes
+        self.loss,self.undone,self.loss_error = loss,undone,loss_error
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
@@ -130,6 +132,7 @@ class LSUVReport:
         if not self.order: return f"{_count(len(self), 'layer')}, std within 0.1 of 1 in {done}{rest}"
         target = 'std' if 'std' in self.order else 'mean'
         loss = f", training loss {_number(self.loss[0])} before and {_number(self.loss[1])} after" if self.loss else ''
+        if self.loss_error: loss = f", training loss not taken ({self.loss_error})"
         return (f"LSUV {self.order!r}: {done} of {_count(len(self), 'layer')} at the target {target}{rest}, "
                 f"{_count(self.n_passes, 'forward pass', 'forward passes')}{loss}")
 

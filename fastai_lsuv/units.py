@@ -153,7 +153,8 @@ class Unit:
         "Begin a pass."
         if self.seen is not None:
             self.last = self.seen
-            if self.comparable: self.history.append(self.seen.pooled)
+            m = self.seen.pooled
+            if self.comparable and not self.doubts(m): self.history.append(m)
         self.seen,self.changed,self.comparable = None,False,True
         if self.reason in tuple(Doubt): self.reason = ''  # a fresh mini-batch may be better
 

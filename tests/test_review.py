@@ -1,0 +1,220 @@
+"What a review of the core found. Each defect has its test here."
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fingerprint import fingerprint
+from learners import learner
+from networks import Mod
+from torch import nn
+
+from fastai_lsuv import LSUVCallback, lsuv_init
+from test_harm import quietly
+
+
+# --- 1. a mean that a bias can move is part of `ok`
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ok_means_that_the_mean_is_right_too(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(64, 16)
+    net = nn.Linear(16, 1)
+    row, = quietly(net, iter([x, x + 2]), max_iter=1)
+    with torch.no_grad(): mean = net(x + 2).mean().item()
+    assert row.mean == pytest.approx(mean, abs=1e-4)
+    assert row.status == ('ok' if abs(mean) <= 3/8 else 'off')  # three standard errors of 64 samples
+
+
+def test_an_order_without_a_std_loop_speaks_of_the_mean():
+    report = lsuv_init(nn.Linear(16, 8), 20*torch.randn(64, 16), order='mean', preinit=None)
+    assert report[0].std > 5 and report.summary == "LSUV 'mean': 1 of 1 layer at the target mean, 2 forward passes"
+
+
+def test_with_per_channel_one_channel_that_is_far_off_is_not_ok():
+    x = torch.randn(256, 64)
+    wide = x.clone()
+    wide[:, 0] *= 5
+    report = quietly(nn.Linear(64, 64), iter([x, wide]), per_channel=True, preinit=_identity, max_iter=1)
+    assert report[0].status == 'off'
+
+
+def _identity(layer):
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+# --- 2. a bias that two layers share
+
+@pytest.mark.parametrize('preinit', ['orthogonal', None])
+def test_a_shared_bias_belongs_to_the_first_layer_that_runs(preinit):
+    net = Mod(lambda self, x: self.b(F.relu(self.a(x))), a=nn.Linear(16, 16), b=nn.Linear(16, 16))
+    net.b.bias = net.a.bias
+    x = torch.randn(256, 16) + 1
+    report = lsuv_init(net, x, preinit=preinit)
+    with torch.no_grad(): a = net.a(x)
+    assert (a.mean().item(), a.std().item()) == pytest.approx((0, 1), abs=1e-2) and report['a'].status == 'ok'
+    assert report['b'].std == pytest.approx(1, abs=0.1) and report['b'].status == ('no bias' if abs(report['b'].mean) > 0.1 else 'ok')
+
+
+# --- 3. attributes that are arrays
+
+@pytest.mark.parametrize('array', [np.array(3.), np.arange(3.)], ids=['0-d', 'read-only'])
+def test_arrays_that_cannot_be_written_are_no_obstacle(array):
+    array.flags.writeable = False
+    net = nn.Sequential(nn.Linear(16, 8))
+    net.scale = array
+    assert lsuv_init(net, torch.randn(64, 16)).ok and net.scale is array
+
+
+# --- 4. a class whose name begins with Drop
+
+def test_a_model_called_droplet_net_trains_while_it_is_measured():
+    class DropletNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body,self.head,self.aux = nn.Linear(16, 16),nn.Linear(16, 4),nn.Linear(16, 4)
+        def forward(self, x):
+            x = F.relu(self.body(x))
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    class DropPathNet(DropletNet): pass
+
+    for make in (DropletNet, DropPathNet):
+        assert [r.status for r in lsuv_init(make(), torch.randn(64, 16))] == ['ok']*3
+
+
+# --- 5. mini-batches that keep disagreeing
+
+@pytest.mark.parametrize('seed', range(5))
+def test_mini_batches_that_alternate_are_pooled(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(64, 16)
+    net = nn.Linear(16, 1)
+    report = quietly(net, [x, x + 2, x, x + 2])
+    with torch.no_grad(): both = net(torch.cat([x, x + 2]))
+    assert (both.mean().item(), both.std().item()) == pytest.approx((0, 1), abs=0.2)  # -4.7 where each pass forgets the one before
+    assert report.ok and report.n_passes < 11
+
+
+def test_a_layer_behind_one_that_still_changes_is_not_pooled_with_the_past():
+    torch.manual_seed(0)
+    def forward(self, x):
+        for _ in range(4): x = x + self.again(x)
+        return self.head(x)
+
+    net,x = Mod(forward, again=nn.Linear(16, 16), head=nn.Linear(16, 16)),torch.randn(256, 16)
+    report = quietly(net, x)
+    outs = []
+    net.head.register_forward_hook(lambda m, args, out: outs.append(out))
+    with torch.no_grad(): net(x)
+    assert report['head'].std == pytest.approx(outs[0].std().item(), abs=1e-3)
+
+
+# --- 6. numbers of numpy
+
+def test_numbers_of_numpy_are_numbers():
+    options = dict(target_std=np.float32(2), max_iter=np.int64(3), tol=np.float64(1e-3), target_mean=np.float32(1))
+    row, = lsuv_init(nn.Linear(16, 8), torch.randn(64, 16), **options)
+    assert (row.mean, row.std) == pytest.approx((1, 2), abs=1e-3)
+    assert lsuv_init(nn.Linear(16, 8), [(torch.randn(64, 16), 0)], n_inp=np.int64(1)).ok
+
+
+# --- 7. what the core imports
+
+def test_the_core_needs_torch_alone():
+    code = ("import sys; from fastai_lsuv import lsuv_init, layer_stats, LSUVReport; "
+            "assert not {'fastai', 'fastcore', 'pandas', 'matplotlib'} & {m.split('.')[0] for m in sys.modules}, "
+            "'more than torch'")
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_lsuv_init_of_a_learner_is_at_hand_for_whoever_has_loaded_fastai():
+    code = "from fastai.learner import Learner; import fastai_lsuv; assert hasattr(Learner, 'lsuv_init')"
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+# --- 8. smaller ones
+
+def test_options_given_to_learn_lsuv_init_reach_the_attached_callback():
+    learn = learner(cbs=LSUVCallback())
+    learn.lsuv_init(every_fit=True)
+    assert learn.lsuv.every_fit is True
+    learn.fit(1)
+    assert sum("at the target std" in l for l in learn.lines if isinstance(l, str)) == 2
+
+
+def test_a_loader_is_started_once_for_each_time_it_is_gone_through():
+    class Loader:
+        started = 0
+        def __iter__(self):
+            self.started += 1
+            return iter([torch.randn(64, 16)])
+
+    loader = Loader()
+    assert lsuv_init(nn.Linear(16, 8), loader, batch_tol=1.).n_passes == 2 and loader.started == 2
+
+
+def test_a_start_counts_as_a_pass_that_changed_the_layer():
+    net = nn.Linear(16, 16)
+    report = lsuv_init(net, torch.linalg.qr(torch.randn(256, 16))[0]*16, order='std', tol=0.5)
+    assert report[0].gain == 1 and report[0].passes == 1 and report.ok
+
+
+def test_tied_is_said_whatever_the_std():
+    net = Mod(lambda self, x: self.b(self.a(x)), a=nn.Linear(16, 16, bias=False), b=nn.Linear(16, 16, bias=False))
+    net.b.weight = net.a.weight
+    report = quietly(net, torch.randn(256, 16))
+    assert abs(report['b'].std - 1) < 0.1 and [r.status for r in report] == ['ok', 'tied']
+
+
+def test_a_large_parameter_that_the_forward_writes_is_named():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table,self.lin = nn.Parameter(torch.zeros(300, 300)),nn.Linear(16, 8)
+        def forward(self, x):
+            with torch.no_grad(): self.table.add_(1)
+            return self.lin(x)
+
+    with pytest.warns(UserWarning, match='forward pass writes to these parameters, which are not put back: table'):
+        lsuv_init(Writes(), torch.randn(64, 16))
+
+
+def test_state_in_a_plain_object_is_put_back():
+    class Tracker: count = 0
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tracker,self.lin = Tracker(),nn.Linear(16, 8)
+            self.tracker.count = 7
+        def forward(self, x):
+            self.tracker.count += 1
+            return self.lin(x)
+
+    net = Counts()
+    assert lsuv_init(net, torch.randn(64, 16)).ok and net.tracker.count == 7
+
+
+# --- a PyTorch mini-batch is a list
+
+def test_a_list_with_n_inp_is_one_mini_batch():
+    x,y = torch.randn(64, 16),torch.randint(0, 4, (64,))
+    report = lsuv_init(nn.Linear(16, 4), [x, y], n_inp=1)
+    assert report.ok and report.n_passes == 2 and report[0].shape == (64, 4)
+
+
+def test_a_list_of_unlike_tensors_says_what_is_meant():
+    net = nn.Linear(16, 4)
+    was = fingerprint(net)
+    with pytest.raises(ValueError, match=r'batches: got a list of tensors of several kinds \(float32 \(64, 16\), int64 \(64,\)\).*`n_inp`'):
+        lsuv_init(net, [torch.randn(64, 16), torch.randint(0, 4, (64,))])
+    assert fingerprint(net) == was
+
+
+def test_two_tensors_alike_are_two_mini_batches_and_a_warning_says_so():
+    with pytest.warns(UserWarning, match='takes a list of 2 tensors as 2 mini-batches; pass `n_inp`'):
+        lsuv_init(nn.Linear(16, 4), list(torch.randn(2, 64, 16)))
