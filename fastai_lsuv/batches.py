@@ -12,8 +12,8 @@ from typing import Any, Callable, Iterable, Iterator
 import numpy as np
 import torch
 import torch.distributed as dist
-from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException, DataLoader,
-                           GatherPredsCallback, L, Learner, noop)
+from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
+                           CancelTrainException, DataLoader, GatherPredsCallback, L, Learner, noop)
 from fastai.callback.hook import HookCallback
 from fastai.callback.schedule import ParamScheduler
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ _NOT_FED_BY = (ParamScheduler, HookCallback, GatherPredsCallback)
 _STOPS = (CancelTrainException, CancelEpochException, CancelFitException)
 
 # What `_reachable` does not look into: it holds data or code, lives elsewhere, or is put back by others.
-_OPAQUE = (str, bytes, int, float, type, ModuleType, FunctionType, Thread, Tensor, np.ndarray, nn.Module, Learner, Callback)
+_OPAQUE = (str, bytes, int, float, type, ModuleType, FunctionType, Thread, Tensor, np.ndarray, nn.Module, Learner,
+           Callback)
 _OTHERS = ('pandas', 'numpy', 'PIL', 'pathlib', 'multiprocessing', 'logging')
 _MOST_ITEMS,_MOST_OBJECTS = 1000,2000
 
@@ -40,17 +41,20 @@ _MOST_ITEMS,_MOST_OBJECTS = 1000,2000
 def no_trace(learn: Learner) -> Iterator[None]:
     """Leave no trace of what is done inside, however it ends.
 
-    Put back are the generators of random, numpy and torch; autocast; the attributes of the Learner, its callbacks and optimizer,
-    of the training DataLoader and what it is made of (samplers, transforms, dataset), and of those whose hooks are on the model;
-    and these hooks. The model's own attributes are `lsuv_init`'s to keep."""
+    Put back are the generators of random, numpy and torch; autocast; the attributes of the Learner, its callbacks and
+    optimizer, of the training DataLoader and what it is made of (samplers, transforms, dataset), and of those whose
+    hooks are on the model; and these hooks. The model's own attributes are `lsuv_init`'s to keep."""
     feeders = [cb for cb in learn.cbs if _feeds(cb)]
-    objects = [learn, *learn.cbs, learn.opt, *_reachable([learn.dls.train]), *_reachable(v for cb in feeders for v in vars(cb).values()), *_hooked_by(learn.model)]
+    held = (v for cb in feeders for v in vars(cb).values())
+    reached = [*_reachable([learn.dls.train]), *_reachable(held)]
+    objects = [learn, *learn.cbs, learn.opt, *reached, *_hooked_by(learn.model)]
     objects = {id(o): o for o in objects if hasattr(o, '__dict__')}
     objects |= {id(v): v for o in objects.values() for v in vars(o).values() if type(v) is L}
     attributes = Snapshot(objects.values(), tensors=False)
     # a callback may count, or average, in a tensor of its own
     tensors = Snapshot(feeders, but={memory(p) for p in learn.model.parameters() if not is_lazy(p)} - {0})
-    hooks = [(d, copy(d)) for m in learn.model.modules() for k, d in vars(m).items() if 'hook' in k and isinstance(d, dict)]
+    attributes_of_modules = (item for m in learn.model.modules() for item in vars(m).items())
+    hooks = [(d, copy(d)) for k, d in attributes_of_modules if 'hook' in k and isinstance(d, dict)]
     autocast,generators = _Autocast(),Generators()
     with ExitStack() as stack:  # the last comes first, and each is done whatever becomes of the others
         stack.callback(generators.restore)
@@ -120,10 +124,11 @@ def model_inputs(
     begun: Iterable[Callback] = (),  # Callbacks whose `before_fit` has run
     on_batch: Callable[[Callable], object] = noop  # Told of each, by a function that makes its training loss
 ) -> Iterator[tuple]:  # Tuples of the model's inputs
-    """Fresh mini-batches from the training DataLoader, epoch after epoch, through its transforms and the callbacks that change the input.
+    """Fresh mini-batches from the training DataLoader, epoch after epoch, through its transforms and the callbacks that
+    change the input.
 
-    Use it inside `no_trace`, and close it there. Under `torch.distributed` each rank takes its own: rank r the batches r, r + world
-    size, ..., where the DataLoader does not divide them already."""
+    Use it inside `no_trace`, and close it there. Under `torch.distributed` each rank takes its own: rank r the batches
+    r, r + world size, ..., where the DataLoader does not divide them already."""
     gathered: list[tuple] = []
     gathers,given = True,False
     with closing(_through_callbacks(learn, begun)) as batches:
@@ -133,7 +138,8 @@ def model_inputs(
             joined = join(gathered) if gathers else xb
             if joined is None:
                 gathers = False
-                log(f"LSUV: mini-batches of {_size(xb)} are of different shapes and cannot be gathered to min_samples={min_samples}; each is used as it is")
+                log(f"LSUV: mini-batches of {_size(xb)} are of different shapes and cannot be gathered to "
+                    f"min_samples={min_samples}; each is used as it is")
             on_batch(partial(training_loss, learn))
             yield joined or max(gathered, key=_size)
             gathered,given = [],True
@@ -146,7 +152,7 @@ def training_loss(learn: Learner) -> Callable[[Callable], Any] | None:  # `None`
     "The training loss on the mini-batch that `learn` holds now, as a function of the model."
     if not len(learn.yb): return None
     state = Snapshot([learn, *learn.cbs], tensors=False)
-    cbs = [cb for cb in learn.cbs.sorted('order') if hasattr(cb, 'after_pred') and not getattr(cb, 'feeds_nothing', False)]
+    cbs = [cb for cb in learn.cbs.sorted('order') if hasattr(cb, 'after_pred') and not _looks_on(cb)]
 
     def loss(model):
         state.restore()
@@ -158,7 +164,7 @@ def training_loss(learn: Learner) -> Callable[[Callable], Any] | None:  # `None`
 
 
 def _stream(learn: Learner) -> Iterator[Any]:
-    "What the training DataLoader yields, epoch after epoch, loaded in this process: starting workers for a batch or two costs more."
+    "What the training DataLoader yields, epoch after epoch, loaded in this process: starting workers costs more."
     dl,alone = learn.dls.train,nullcontext()
     rank,ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     if hasattr(dl, 'world_size'): rank,ranks = 0,1  # a DistributedDL gives this rank its own
@@ -185,7 +191,7 @@ def _epochs(dl: Iterable[Any]) -> Iterator[Any]:
 
 
 def _through_callbacks(learn: Learner, begun: Iterable[Callback]) -> Iterator[tuple]:
-    "The inputs as they are when the model is called, after every `before_batch` that may change them, and in the autocast it may enter."
+    "The inputs as the model gets them: after every `before_batch` that may change them, in the autocast it may enter."
     cbs,begun = [cb for cb in learn.cbs.sorted('order') if _feeds(cb)],{id(cb) for cb in begun}
     learn.training,learn.epoch,learn.dl = True,0,learn.dls.train
     learn.n_iter = len(learn.dl) if hasattr(learn.dl, '__len__') else None
@@ -226,7 +232,12 @@ def _through_callbacks(learn: Learner, begun: Iterable[Callback]) -> Iterator[tu
 
 def _feeds(cb: Callback) -> bool:
     "Whether a callback may change what the model is fed."
-    return hasattr(cb, 'before_batch') and not isinstance(cb, _NOT_FED_BY) and not getattr(cb, 'feeds_nothing', False)
+    return hasattr(cb, 'before_batch') and not isinstance(cb, _NOT_FED_BY) and not _looks_on(cb)
+
+
+def _looks_on(cb: Callback) -> bool:
+    "Whether a callback says of itself that it changes nothing of what the model is fed."
+    return getattr(cb, 'feeds_nothing', False)
 
 
 def _size(xb: Any) -> float:

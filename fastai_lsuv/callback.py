@@ -36,36 +36,39 @@ _INITIALIZED: WeakSet[nn.Module] = WeakSet()  # Models that were initialized: th
 class LSUVCallback(Callback):
     """Normalize the model's layers by LSUV before its first fit, on fresh mini-batches of the training DataLoader.
 
-    It is `learn.lsuv`, and what it did `learn.lsuv.report`. It runs once, and leaves weights alone that mean something: those
-    frozen now or when the callback was attached, the body of a Learner made with `pretrained=True`, what was loaded since the
-    callback was attached, and all of a model that has been trained. It says so in one line; `force=True`, `reset()` and
-    `learn.lsuv_init()` do it anyway (frozen weights must be unfrozen). Attach it when the Learner is made: weights that were
-    loaded before are told from others by what their norm layers have learned; those of a model without any look like new.
+    It is `learn.lsuv`, and what it did `learn.lsuv.report`. It runs once, and leaves weights alone that mean something:
+    those frozen now or when the callback was attached, the body of a Learner made with `pretrained=True`, what was
+    loaded since the callback was attached, and all of a model that has been trained. It says so in one line;
+    `force=True`, `reset()` and `learn.lsuv_init()` do it anyway (frozen weights must be unfrozen). Attach it when the
+    Learner is made: weights that were loaded before are told from others by what their norm layers have learned; those
+    of a model without any look like new.
 
-    Nothing else of the run is disturbed: random numbers, batches, optimizer, buffers and the state of other callbacks are as they
-    would have been; if anything fails, weights too. Raises `TypeError` or `ValueError`, naming the argument, when it is made.
+    Nothing else of the run is disturbed: random numbers, batches, optimizer, buffers and the state of other callbacks
+    are as they would have been; if anything fails, weights too. Raises `TypeError` or `ValueError`, naming the
+    argument, when it is made.
 
-    Its `order`, 10.5, puts it after what prepares the model (`TrainEvalCallback`, `ChannelsLast`, your own callbacks of the default
-    order 0) and `MixedPrecision`, in whose autocast it measures; before what copies or wraps the model (an EMA, `DistributedTrainer`:
-    11), what saves it (`LRFinder`: 60), and `Recorder` (50) and `ProgressCallback` (60), which begin the log. A callback of any order
-    may change the input in its `before_batch`: if that needs what a `before_fit` yet to come makes, this runs here too, and the
-    callback's attributes are put back."""
+    Its `order`, 10.5, puts it after what prepares the model (`TrainEvalCallback`, `ChannelsLast`, your own callbacks of
+    the default order 0) and `MixedPrecision`, in whose autocast it measures; before what copies or wraps the model (an
+    EMA, `DistributedTrainer`: 11), what saves it (`LRFinder`: 60), and `Recorder` (50) and `ProgressCallback` (60),
+    which begin the log. A callback of any order may change the input in its `before_batch`: if that needs what a
+    `before_fit` yet to come makes, this runs here too, and the callback's attributes are put back."""
     order = MixedPrecision.order + 0.5
 
     def __init__(self,
-        order: str = 'std mean',  # Loops to run at each unit: "mean" and "std" separated by spaces, or joined by "+" into one loop
-        modules: Any = None,  # What to measure: types, a predicate of a module, names or globs, modules, or a list of these; default: every conv, linear and attention layer
-        preinit: str | Callable[[nn.Module], object] | None = 'orthogonal',  # Replace the weights by orthonormal ones and the biases by zeros first, or keep them (`None`), or call a function of each layer
+        order: str = 'std mean',  # Loops at each unit: the words "mean" and "std", or both joined by "+" into one loop
+        modules: Any = None,  # Types, a predicate, names or globs, modules, or a list; default: conv, linear, attention
+        # The start: orthonormal weights and zero biases; `None` to keep those there are; or a function of a layer
+        preinit: str | Callable[[nn.Module], object] | None = 'orthogonal',
         target_mean: float = 0.,  # Mean that the mean loop aims at
-        target_std: float | Callable[[str, nn.Module], float] = 1.,  # Std that the std loop aims at, or a function of a unit's name and module that gives it
+        target_std: float | Callable[[str, nn.Module], float] = 1.,  # Std aimed at, or a function (name, module) -> std
         tol: float = 1e-3,  # How close mean and std must come to their targets within the mini-batch in use
-        batch_tol: float = 0.1,  # How close std must be on a fresh mini-batch, as a share of the target (the paper's Tol_var)
+        batch_tol: float = 0.1,  # How close std is on a fresh mini-batch, as a share (the paper's Tol_var)
         max_iter: int = 10,  # Most passes, each on a fresh mini-batch, that may correct weights (the paper's T_max)
         per_channel: bool = False,  # Normalize each channel by itself, not the whole output
         baseline: bool = True,  # Measure the model as it was, too, in the pass that takes its loss
-        min_samples: int = 16,  # Gather smaller mini-batches until they hold as many (from 16 up, the paper's estimates agree)
-        every_fit: bool = False,  # Run before every fit, not only the first; weights that were loaded or trained are then normalized as well
-        force: bool = False  # Run before the first fit even if weights were loaded, trained or pretrained, and keep the result even if the loss comes out far worse
+        min_samples: int = 16,  # Gather smaller mini-batches until they hold as many (the paper: from 16 up, all agree)
+        every_fit: bool = False,  # Run before every fit, whatever the weights mean, and not only before the first
+        force: bool = False  # Run even if the weights mean something, and keep the result even if the loss is far worse
     ):
         # `self.order` is when a callback runs, in fastai
         self.options = dict(vars(Options.of(locals())))
@@ -177,10 +180,11 @@ class LSUVCallback(Callback):
 @patch
 @delegates(LSUVCallback)
 def lsuv_init(self: Learner, **kwargs) -> LSUVReport:  # A row a unit, in order of execution; also `learn.lsuv.report`
-    """Run LSUV at once, in a fit or outside, whatever the weights mean, with the options of the attached `LSUVCallback` less those given.
+    """Run LSUV at once, in a fit or outside, whatever the weights mean, with the options of the attached `LSUVCallback`
+    less those given.
 
-    Later fits keep the result. If none is attached, one is, so that `learn.lsuv.report` holds the report. Raises `ValueError`
-    if there is no mini-batch to run on."""
+    Later fits keep the result. If none is attached, one is, so that `learn.lsuv.report` holds the report. Raises
+    `ValueError` if there is no mini-batch to run on."""
     cb = next((cb for cb in self.cbs if isinstance(cb, LSUVCallback)), None)
     own = dict(cb.options, min_samples=cb.min_samples, every_fit=cb.every_fit, force=cb.force) if cb else {}
     given = LSUVCallback(**{**own, **kwargs})

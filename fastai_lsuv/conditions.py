@@ -1,8 +1,9 @@
-"""The conditions under which a model is measured: it trains, batch statistics and all, but nothing is dropped at random.
+"""The conditions under which a model is measured: it trains, batch statistics and all, but nothing is dropped at
+random.
 
-`measuring` puts a model there and back. Dropout modules are switched off by their attributes. A `TorchFunctionMode` sees
-every function that the model calls: it switches off functional dropout, and shows norm layers to a `NormWatch`, which
-notices a mini-batch whose samples are alike."""
+`measuring` puts a model there and back. Dropout modules are switched off by their attributes. A `TorchFunctionMode`
+sees every function that the model calls: it switches off functional dropout, and shows norm layers to a `NormWatch`,
+which notices a mini-batch whose samples are alike."""
 from __future__ import annotations
 
 import inspect
@@ -35,9 +36,9 @@ _ROUNDINGS = 4
 class NormWatch:
     """Notices a norm layer that sees samples which are alike.
 
-    Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than its eps, and the scale of
-    everything behind it rests on that. `spread` is the smallest share of the output's variance that comes from the input
-    and not from eps, over the norm layers that have run; 1 while their samples differ."""
+    Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than its eps, and the
+    scale of everything behind it rests on that. `spread` is the smallest share of the output's variance that comes from
+    the input and not from eps, over the norm layers that have run; 1 while their samples differ."""
     def __init__(self): self.spread = 1.
 
     def reset(self) -> None: self.spread = 1.
@@ -55,11 +56,12 @@ class NormWatch:
         mean,var,square = mean[live],var[live],square[live]
         real = np.where(var > (_ROUNDINGS*torch.finfo(dtype).eps)**2*square, var, 0.)
         spread = float(np.mean(real/np.maximum(var + eps, np.finfo(float).tiny)))
-        if spread < ALIKE_SPREAD and real.sum() < ALIKE_SHARE*(real + square).sum(): self.spread = min(self.spread, spread)
+        alike = real.sum() < ALIKE_SHARE*(real + square).sum()
+        if alike and spread < ALIKE_SPREAD: self.spread = min(self.spread, spread)
 
 
-def _batch_norm(watch: NormWatch, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
-                eps=1e-5) -> Tensor:
+def _batch_norm(watch: NormWatch, input, running_mean, running_var, weight=None, bias=None, training=False,
+                momentum=0.1, eps=1e-5) -> Tensor:
     "`F.batch_norm`, which tells its batch statistics through running ones of momentum 1."
     if not training or not isinstance(input, Tensor) or input.dim() < 2:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -132,9 +134,10 @@ def _without(function: Callable, name: str, position: int, value: Any) -> Callab
 
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
             F.multi_head_attention_forward)
+_TORCH_DROPOUT = (torch.dropout, torch.dropout_, torch.feature_dropout, torch.native_dropout)
 _HANDLERS: dict[Callable, Callable] = {
     **{f: _not_training(f) for f in _DROPOUT},
-    **{f: _without(f, 'train', 2, False) for f in (torch.dropout, torch.dropout_, torch.feature_dropout, torch.native_dropout)},
+    **{f: _without(f, 'train', 2, False) for f in _TORCH_DROPOUT},
     F.scaled_dot_product_attention: _without(F.scaled_dot_product_attention, 'dropout_p', 4, 0.),
     F.batch_norm: _batch_norm,
     F.layer_norm: _other_norm(F.layer_norm, _layer_groups),

@@ -1,7 +1,7 @@
 """Whether statistics mean anything: what they rest on decides whether a unit is corrected from them.
 
-A mini-batch may lie. Where its samples are alike, a norm layer leaves rounding noise, and scaling that noise to std 1 ruins
-the network. Where one sample is far from the others, it alone sets the std. `doubt` tells both from the data."""
+A mini-batch may lie. Where its samples are alike, a norm layer leaves rounding noise, and scaling that noise to std 1
+ruins the network. Where one sample is far from the others, it alone sets the std. `doubt` tells both from the data."""
 from __future__ import annotations
 
 from enum import Enum
@@ -12,8 +12,8 @@ __all__ = ['Doubt', 'doubt', 'varies', 'mean_tolerance', 'ALIKE_SPREAD', 'ALIKE_
 
 # What is left of a float32 activation that does not vary, relative to its magnitude.
 _NOISE = 1e-6
-# One sample carries the std if it makes the std this many times what it is without that sample. Of fewer than 16 samples,
-# which differ more by chance, more is asked for, and fewer than 4 do not tell.
+# One sample carries the std if it makes the std this many times what it is without that sample. Fewer than 16 samples
+# differ more by chance, and more is asked of them. Fewer than 4 do not tell.
 _CARRIED,_ENOUGH_SAMPLES,_FEW_SAMPLES = 3.,16,4
 # A norm layer sees samples that are alike if its eps leaves less than this share of its output's variance,
 ALIKE_SPREAD = 0.1
@@ -51,5 +51,5 @@ def varies(m: Moments, beside: Moments | None = None) -> bool:
 
 
 def mean_tolerance(evidence: Evidence, batch_tol: float) -> float:
-    "How far a mean may be off on a fresh mini-batch, as a share of the std: `batch_tol`, or what its sampling error allows."
+    "How far a mean may be off on a fresh mini-batch, as a share of the std: `batch_tol` or its sampling error."
     return max(batch_tol, _ERRORS/evidence.samples**0.5)

@@ -1,7 +1,7 @@
 """Mini-batches for the model: `Feed` takes whatever `batches` is, and gives the model's inputs, on its device.
 
-A fresh mini-batch a pass, for as long as there are any; then the last one again. `gather` joins further ones to the last,
-where its samples are alike. Lazy modules get their weights from the first."""
+A fresh mini-batch a pass, for as long as there are any; then the last one again. `gather` joins further ones to the
+last, where its samples are alike. Lazy modules get their weights from the first."""
 from __future__ import annotations
 
 import inspect
@@ -66,7 +66,7 @@ class Feed:
         return any_rank(b is not None)
 
     def gather(self) -> bool:
-        "Join fresh mini-batches to the present one, as many as it holds, or move on where shapes differ. False if there are none."
+        "Join fresh mini-batches to the present one, as many as it holds. Returns whether there are any."
         parts,any_fresh = [self.batch],False
         for _ in range(self.joined):
             any_fresh = self.next() or any_fresh
@@ -90,7 +90,8 @@ class Feed:
         if isinstance(b, list): b = tuple(b)
         elif isinstance(b, Mapping): b = dict(b)
         if not isinstance(b, (Tensor, tuple, Mapping)):
-            raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes {_INPUTS} (see `get_input`)")
+            raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes {_INPUTS} (see "
+                            "`get_input`)")
         device = next((p.device for p in self.model.parameters()), None)
 
         def ready(o):
@@ -113,9 +114,9 @@ class Feed:
         try: takes.bind(*args, **kwargs)
         except TypeError as e:
             held = f"the inputs {', '.join(map(repr, b))}" if kwargs else f"{len(args)} input{'s'*(len(args) != 1)}"
-            raise TypeError(f"batches: mini-batch {self.count} holds {held}, but {type(self.model).__name__}.forward takes "
-                            f"{takes} ({e}); pass `n_inp`, how many come first that are inputs and no targets, or "
-                            "`get_input`") from None
+            raise TypeError(f"batches: mini-batch {self.count} holds {held}, but {type(self.model).__name__}.forward "
+                            f"takes {takes} ({e}); pass `n_inp`, how many come first that are inputs and no targets, "
+                            "or `get_input`") from None
 
     def _inputs(self, b: Any) -> Any:
         "The model's inputs among what an iterable yields."
@@ -139,12 +140,12 @@ class Feed:
 
 def _check_list(tensors: list[Tensor]) -> None:
     "A list of tensors means several mini-batches. Raise, or warn, where it looks like one mini-batch with its target."
-    say = ("pass `n_inp`, how many come first that are inputs, for one mini-batch with its target; a tuple for one mini-batch "
-           "of several inputs")
+    say = ("pass `n_inp`, how many come first that are inputs, for one mini-batch with its target; a tuple for one "
+           "mini-batch of several inputs")
     if len({(t.dtype, t.dim()) for t in tensors}) > 1:
         held = ', '.join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors[:4])
-        raise ValueError(f"batches: got a list of tensors of several kinds ({held}); it takes a list of mini-batches, all "
-                         f"alike; {say}")
+        raise ValueError(f"batches: got a list of tensors of several kinds ({held}); it takes a list of mini-batches, "
+                         f"all alike; {say}")
     if len(tensors) == 2:
         warnings.warn(f"batches: LSUV takes a list of 2 tensors as 2 mini-batches; {say}", stacklevel=5)
 
@@ -155,7 +156,8 @@ def join(batches: list[Any]) -> Any:
     leaves,specs = zip(*map(tree_flatten, batches))
     columns = list(zip(*leaves))
 
-    def joins(column): return all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == column[0].shape[1:] for t in column)
+    def joins(column):
+        return all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == column[0].shape[1:] for t in column)
 
     if any(s != specs[0] for s in specs) or not all(map(joins, columns)): return None
     return tree_unflatten([torch.cat(column) for column in columns], specs[0])

@@ -1,7 +1,7 @@
 """The loop orders: `parse_order` reads `"std mean"`, `run_loops` runs the loops on whatever can be measured and moved.
 
-The loops see a unit through a `Meter`, which measures, scales and shifts. `AffineMeter` does so by arithmetic on moments,
-for a unit whose output is affine in its weight and bias. `solvers.RunAgainMeter` runs any other unit again."""
+The loops see a unit through a `Meter`, which measures, scales and shifts. `AffineMeter` does so by arithmetic on
+moments, for a unit whose output is affine in its weight and bias. `solvers.RunAgainMeter` runs any other unit again."""
 from __future__ import annotations
 
 from typing import Protocol
@@ -24,7 +24,8 @@ ORDERS = {
 
 Loops = tuple[tuple[str, ...], ...]  # The words of each loop, in the order they run
 
-# A step that asks the std to change by this much (in logarithms) tells how the unit responds. Rounding drowns a smaller one.
+# A step that asks the std to change by this much (in logarithms) tells how the unit responds. Rounding drowns a smaller
+# one.
 _TELLING = 0.02
 # A unit whose std follows by less than this share of the step is unresponsive.
 _MIN_RESPONSE = 0.1
@@ -37,7 +38,7 @@ _MIN_STD_KEPT = 0.5
 def parse_order(
     order: str  # Loops in the order they run, separated by spaces; `+` joins words into one loop
 ) -> Loops:
-    "Read an order such as `\"std mean\"` or `\"mean+std\"`. Raises `TypeError` or `ValueError` with the words it takes."
+    "Read an order such as 'std mean' or 'mean+std'. Raises `TypeError` or `ValueError` with the words it takes."
     examples = ', '.join(map(repr, ORDERS))
     takes = f"it takes the words 'mean' and 'std', separated by spaces or joined by '+', such as {examples}"
     if not isinstance(order, str): raise TypeError(f"order: got {order!r} of type {type(order).__name__}; {takes}")
@@ -91,7 +92,9 @@ def run_loops(
     return ''
 
 
-def _run_loop(words: tuple[str, ...], meter: Meter, target_mean: float, target_std: float, tol: float, max_steps: int) -> str:
+def _run_loop(
+    words: tuple[str, ...], meter: Meter, target_mean: float, target_std: float, tol: float, max_steps: int
+) -> str:
     "Run one loop; as `run_loops`."
     mean,std = meter.stats()
     std_at_start,shifts,scales = std,'mean' in words and meter.can_shift,'std' in words
@@ -108,7 +111,8 @@ def _run_loop(words: tuple[str, ...], meter: Meter, target_mean: float, target_s
         if not (meter.affine or shift or _responds(factor, std/was)): return 'unresponsive'
     else:
         # The biases of an affine unit may differ by more than the target std. No scale of its weight changes that.
-        if meter.affine and scales and (abs(np.log(std/target_std)) > _MIN_RESPONSE)[std > 0].any(): return 'unresponsive'
+        off = abs(np.log(std/target_std)) > _MIN_RESPONSE
+        if meter.affine and scales and off[std > 0].any(): return 'unresponsive'
         if not meter.affine and shifts and _any(abs(mean - target_mean) > tol): return 'immovable'
     return 'immovable' if shifts and not scales and _any(std < _MIN_STD_KEPT*std_at_start) else ''
 

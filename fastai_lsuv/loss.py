@@ -1,7 +1,7 @@
 """The proof of the pudding: `LossCheck` takes the training loss before LSUV and after it.
 
-Both are taken on one mini-batch, in training mode, with dropout on and the same random numbers. `failure` says whether the
-model came out far worse than it was, and far worse than one that predicts zeros."""
+Both are taken on one mini-batch, in training mode, with dropout on and the same random numbers. `failure` says whether
+the model came out far worse than it was, and far worse than one that predicts zeros."""
 from __future__ import annotations
 
 from math import isfinite
@@ -16,8 +16,8 @@ from .ranks import mean_of_ranks, several_ranks
 
 __all__ = ['LossCheck']
 
-# A loss so many times that of the start and of a constant prediction is far worse. Independent predictions of variance 1
-# double the mean squared error of standardized targets, and a mini-batch of few samples may add to that.
+# A loss so many times that of the start and of a constant prediction is far worse. Independent predictions of
+# variance 1 double the mean squared error of standardized targets, and a mini-batch of few samples may add to that.
 _FAR = 5
 
 

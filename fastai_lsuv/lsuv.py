@@ -1,7 +1,8 @@
 """`lsuv_init`: layer-sequential unit-variance initialization of any model. `layer_stats`: how a model is now.
 
-`initialize` puts the parts together: a `Feed` gives mini-batches, `find_units` the units, `preserved` keeps all else as it
-was, `Passes` run the model and correct the units, `LossCheck` proves the result, and a report tells what came of it."""
+`initialize` puts the parts together: a `Feed` gives mini-batches, `find_units` the units, `preserved` keeps all else as
+it was, `Passes` run the model and correct the units, `LossCheck` proves the result, and a report tells what came of
+it."""
 from __future__ import annotations
 
 import math
@@ -33,42 +34,44 @@ _MOST_TRIES = 2
 
 def lsuv_init(
     model: nn.Module,  # Any model; a compiled or `DistributedDataParallel` one is reached through the module it wraps
-    batches: Any,  # One mini-batch (a tensor, or a tuple or dict of the model's inputs), or an iterable of mini-batches, a DataLoader included
+    batches: Any,  # A mini-batch (a tensor, or a tuple or dict of the model's inputs), or an iterable of mini-batches
     *,
-    order: str = 'std mean',  # Loops to run at each unit: "mean" and "std" separated by spaces, or joined by "+" into one loop
-    modules: Any = None,  # What to measure: types, a predicate of a module, names or globs, modules, or a list of these; default: every conv, linear and attention layer
-    preinit: str | Callable[[nn.Module], object] | None = 'orthogonal',  # Replace the weights by orthonormal ones and the biases by zeros first, or keep them (`None`), or call a function of each layer
+    order: str = 'std mean',  # Loops at each unit: the words "mean" and "std", or both joined by "+" into one loop
+    modules: Any = None,  # Types, a predicate, names or globs, modules, or a list; default: conv, linear, attention
+    # The start: orthonormal weights and zero biases; `None` to keep those there are; or a function of a layer
+    preinit: str | Callable[[nn.Module], object] | None = 'orthogonal',
     target_mean: float = 0.,  # Mean that the mean loop aims at
-    target_std: float | Callable[[str, nn.Module], float] = 1.,  # Std that the std loop aims at, or a function of a unit's name and module that gives it
-    tol: float = 1e-3,  # How close mean and std must come to their targets within the mini-batch in use; a share of a target std below 1
-    batch_tol: float = 0.1,  # How close std must be on a fresh mini-batch, as a share of the target, for a unit to be done (the paper's Tol_var)
+    target_std: float | Callable[[str, nn.Module], float] = 1.,  # The std aimed at, or a function (name, module) -> std
+    tol: float = 1e-3,  # How close mean and std come to their targets in the mini-batch in use
+    batch_tol: float = 0.1,  # How close std is on a fresh mini-batch, as a share of its target (the paper's Tol_var)
     max_iter: int = 10,  # Most passes, each on a fresh mini-batch, that may correct weights (the paper's T_max)
     per_channel: bool = False,  # Normalize each channel by itself, not the whole output
     baseline: bool = False,  # Measure the model as it was, too, at the price of one more pass
-    n_inp: int | None = None,  # How many items of a mini-batch come first that are the model's inputs; from a DataLoader all but the last, else all
-    get_input: Callable[[Any], Any] | None = None,  # Picks the model's inputs out of what `batches` holds, in place of `n_inp`
-    loss: Callable[[Callable], Any] | None = None,  # Takes the model and gives its training loss on a mini-batch of your choice: `lambda model: F.cross_entropy(model(x), y)`
+    n_inp: int | None = None,  # Items of a mini-batch that are inputs; of a DataLoader's all but the last, else all
+    get_input: Callable[[Any], Any] | None = None,  # Picks the inputs out of what `batches` holds, in place of `n_inp`
+    # Training loss of a model, on a mini-batch of your choice: `lambda model: F.cross_entropy(model(x), y)`
+    loss: Callable[[Callable], Any] | None = None,
     force: bool = False  # Keep the weights even if `loss` comes out far worse than before
 ) -> LSUVReport:  # A row a unit, in order of execution
     """Initialize `model` so that each layer's output has mean 0 and std 1, layer by layer.
 
-    By default this replaces the weights: each layer starts from an orthonormal weight and a zero bias, which LSUV then scales
-    and shifts. With `preinit=None` it scales and shifts the weights that the model has.
+    By default this replaces the weights: each layer starts from an orthonormal weight and a zero bias, which LSUV then
+    scales and shifts. With `preinit=None` it scales and shifts the weights that the model has.
 
-    Mishkin & Matas, *All you need is a good init* (ICLR 2016), Algorithm 1, with the loop orders that fastai's forum found.
-    A hook on each layer normalizes its output the moment it exists, while everything upstream already is, so one forward
-    pass does the whole network. Pass k uses mini-batch k. The run ends when a fresh mini-batch finds every unit within
-    `batch_tol`, or after `max_iter` passes that correct weights and one more that measures. A single mini-batch is used
-    again: one pass corrects, one verifies.
+    Mishkin & Matas, *All you need is a good init* (ICLR 2016), Algorithm 1, with the loop orders that fastai's forum
+    found. A hook on each layer normalizes its output the moment it exists, while everything upstream already is, so one
+    forward pass does the whole network. Pass k uses mini-batch k. The run ends when a fresh mini-batch finds every unit
+    within `batch_tol`, or after `max_iter` passes that correct weights and one more that measures. A single mini-batch
+    is used again: one pass corrects, one verifies.
 
-    The model is measured as it trains, batch statistics and all, without dropout. Nothing but weights and biases is changed:
-    modes, buffers and hidden state are as before; frozen weights are left alone, zero-initialized ones stay zero. A unit is
-    not corrected from a mini-batch whose samples are alike behind a norm layer, nor from one sample that carries the std.
-    One warning names the layers that were not normalized, and those whose weights were scaled by a lot; the report gives the
-    reason for each. Under `torch.distributed` the statistics are pooled over all ranks.
+    The model is measured as it trains, batch statistics and all, without dropout. Nothing but weights and biases is
+    changed: modes, buffers and hidden state are as before; frozen weights are left alone, zero-initialized ones stay
+    zero. A unit is not corrected from a mini-batch whose samples are alike behind a norm layer, nor from one sample
+    that carries the std. One warning names the layers that were not normalized, and those whose weights were scaled by
+    a lot; the report gives the reason for each. Under `torch.distributed` the statistics are pooled over all ranks.
 
-    With `loss`, the training loss is taken before and after, dropout on. If it comes out non-finite, or five times that of
-    before and of predicting zeros, the weights are put back, and the warning says so.
+    With `loss`, the training loss is taken before and after, dropout on. If it comes out non-finite, or five times that
+    of before and of predicting zeros, the weights are put back, and the warning says so.
 
     Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything at all is raised
     later, weights and all else are put back."""
@@ -155,7 +158,7 @@ def _preserved(model: nn.Module, units: list[Unit]):
 
 @contextmanager
 def _as_on_rank_0(model: nn.Module) -> Iterator[None]:
-    "Begin on every rank with the weights of rank 0, as `DistributedDataParallel` does; put them back if anything is raised."
+    "Begin on every rank with the weights of rank 0; put them back if anything is raised."
     if not several_ranks():
         yield
         return
@@ -178,8 +181,9 @@ def layer_stats(
 ) -> LSUVReport:  # A row a layer, in order of execution; `status` says whether std is within 0.1 of 1
     """The (mean, std) table of `model` as it is, in the mode it trains in: one forward pass, nothing changed.
 
-    Batch norm uses the statistics of the batch, dropout is off. Mean and std are those of a layer's whole output, pooled over
-    all its calls, the std unbiased as `Tensor.std` is. Raises `TypeError` or `ValueError`, naming the argument."""
+    Batch norm uses the statistics of the batch, dropout is off. Mean and std are those of a layer's whole output,
+    pooled over all its calls, the std unbiased as `Tensor.std` is. Raises `TypeError` or `ValueError`, naming the
+    argument."""
     model = plain(model)
     with Feed(model, batch, n_inp, get_input) as feed:
         units = measurable(model, modules)
@@ -191,13 +195,14 @@ def layer_stats(
 
 def plain(model: nn.Module) -> nn.Module:
     "The module that `model` wraps, if it is compiled or parallel. Raises if it cannot be initialized."
-    if not isinstance(model, nn.Module): raise TypeError(f"model: got {type(model).__name__}; it takes a torch.nn.Module")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}; it takes a torch.nn.Module")
     wrapped = getattr(model, '_orig_mod', None)  # torch.compile
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): wrapped = model.module
     if isinstance(wrapped, nn.Module): return plain(wrapped)
     on_meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None:
-        raise ValueError(f"model: {on_meta!r} is on the meta device and holds no numbers; give the model memory first, with "
+        raise ValueError(f"model: {on_meta!r} is on the meta device and holds no numbers; give the model memory first: "
                          "`model.to_empty(device=...)`")
     return model
 
@@ -221,6 +226,6 @@ def _row(u: Unit, before: dict[Unit, tuple[float, float]], undone: bool = False)
 
 
 def _pair(m: Moments, per_channel: bool) -> tuple[float, float]:
-    "Mean and std as two numbers: of the whole, or the mean of the channels' means and the root mean square of their stds."
+    "Mean and std as two numbers; of channels, the mean of their means and the root mean square of their stds."
     mean,std = m.stats(per_channel)
     return float(mean.mean()), math.sqrt((std**2).mean())

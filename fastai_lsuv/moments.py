@@ -1,8 +1,8 @@
 """Mean and variance of an activation, and what they rest on.
 
-`whole_moments` and `channel_moments` read an activation about once, and add up in double precision on the host. `Moments`
-holds the result, by channel or of the whole. Its `Evidence` tells how many samples it rests on, and whether one of them
-carries it. `pool` joins the moments of several calls, mini-batches or ranks.
+`whole_moments` and `channel_moments` read an activation about once, and add up in double precision on the host.
+`Moments` holds the result, by channel or of the whole. Its `Evidence` tells how many samples it rests on, and whether
+one of them carries it. `pool` joins the moments of several calls, mini-batches or ranks.
 
 Numbers on the host are numpy's: an operation on a few numbers costs a fifth of torch's, and a pass makes thousands."""
 from __future__ import annotations
@@ -134,8 +134,8 @@ def whole_moments(
 ) -> Moments:
     """Moments of all elements of `x` together, with one transfer to the host.
 
-    They are as accurate as those of `channel_moments`, and cheaper. Raises `TypeError` if `x` is complex, `ValueError` if
-    it is empty."""
+    They are as accurate as those of `channel_moments`, and cheaper. Raises `TypeError` if `x` is complex, `ValueError`
+    if it is empty."""
     x = _measurable(x)
     f,n,row = flat(x),x.numel(),_row(x)
     acc = torch.float64 if f.dtype == torch.float64 else torch.float32
@@ -160,7 +160,7 @@ def _channel_sums(x: Tensor, dim: int, acc: torch.dtype) -> Tensor:
     if dim == x.dim() - 1 or stride == 1:  # channels lie side by side
         others = [d for d in range(x.dim()) if d != dim]
         return x.sum(others, dtype=acc) if others else x.to(acc)
-    if x.is_contiguous() and dim and stride < _SMALL:  # over the samples first: many small planes take ten times as long
+    if x.is_contiguous() and dim and stride < _SMALL:  # samples first: many small planes take ten times as long
         return x.view(-1, c*stride).sum(0, dtype=acc).view(c, -1).sum(1, dtype=acc)
     return x.sum(list(range(dim + 1, x.dim())), dtype=acc)
 
@@ -181,8 +181,8 @@ def channel_moments(
 ) -> Moments:
     """Channel moments of `x`, with one transfer to the host.
 
-    Statistics are accumulated in float32 or better whatever the dtype. Raises `TypeError` if `x` is complex, `ValueError` if
-    it is empty."""
+    Statistics are accumulated in float32 or better whatever the dtype. Raises `TypeError` if `x` is complex,
+    `ValueError` if it is empty."""
     x = _measurable(x)
     if x.dim() == 0: x = x[None]
     dim,row = dim % x.dim(),_row(x)

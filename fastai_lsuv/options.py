@@ -17,7 +17,7 @@ __all__ = ['Options', 'check_whole']
 
 @dataclass(frozen=True)
 class Options:
-    "The options of `lsuv_init`, whose signature explains them. Raises `TypeError` or `ValueError` for the first bad one."
+    "The options of `lsuv_init`, which explains them. Raises `TypeError` or `ValueError` for the first bad one."
     order: str
     modules: Any
     preinit: str | Callable[[nn.Module], object] | None
@@ -39,8 +39,8 @@ class Options:
         _check_preinit(self.preinit)
         _check_number('target_mean', self.target_mean, 'a finite number')
         if self.target_mean and not any('mean' in words for words in loops):
-            warnings.warn(f"target_mean: got {self.target_mean!r} with order={self.order!r}, which has no mean loop and does "
-                          "not aim at it; add 'mean' to the order", stacklevel=4)
+            warnings.warn(f"target_mean: got {self.target_mean!r} with order={self.order!r}, which has no mean loop "
+                          "and does not aim at it; add 'mean' to the order", stacklevel=4)
         takes = 'a positive number, or a function (name, module) -> positive number'
         if not callable(self.target_std): _check_number('target_std', self.target_std, takes, above=0)
         _check_number('tol', self.tol, 'a positive number', above=0)
@@ -53,7 +53,8 @@ class Options:
         if callable(std):
             std = std(u.name, u.module)
             _check_number(f'target_std({u.name!r}, ...)', std, 'a positive number', above=0)
-        return Target(parse_order(self.order), float(self.target_mean), float(std), self.tol, self.batch_tol, self.per_channel)
+        loops,mean = parse_order(self.order),float(self.target_mean)
+        return Target(loops, mean, float(std), self.tol, self.batch_tol, self.per_channel)
 
 
 def _check_preinit(preinit: Any) -> None:
@@ -70,7 +71,8 @@ def _check_number(name: str, v: Any, takes: str, above: float | None = None) -> 
     "Raise unless `v` is a finite number, greater than `above`."
     if isinstance(v, bool) or not isinstance(v, Real):
         raise TypeError(f"{name}: got {v!r} of type {type(v).__name__}; it takes {takes}")
-    if not math.isfinite(v) or (above is not None and v <= above): raise ValueError(f"{name}: got {v!r}; it takes {takes}")
+    if not math.isfinite(v) or (above is not None and v <= above):
+        raise ValueError(f"{name}: got {v!r}; it takes {takes}")
 
 
 def check_whole(name: str, v: Any) -> None:

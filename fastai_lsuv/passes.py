@@ -1,7 +1,7 @@
 """A pass: one forward through the model in which each unit is measured, corrected, and its corrected output handed on.
 
-Hooks fire in the order of execution, so a unit is corrected when everything upstream of it is right. `Passes` attaches the
-hooks, runs the model, and asks each unit's solver for the correction. What is known of a unit lies in the unit."""
+Hooks fire in the order of execution, so a unit is corrected when everything upstream of it is right. `Passes` attaches
+the hooks, runs the model, and asks each unit's solver for the correction. What is known of a unit lies in the unit."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ class Passes:
         model: nn.Module,
         units: list[Unit],
         watch: Callable[[int, int], object] | None = None,  # Told during a pass how many units of how many have run
-        start: Callable[[Unit], object] | None = None  # Gives a unit its first weights, when it is called for the first time
+        start: Callable[[Unit], object] | None = None  # Gives a unit its first weights, when it is first called
     ):
         self.model,self.units,self.watch,self.start = model,units,watch,start
         self.solvers = {u: choose_solver(u) for u in units}

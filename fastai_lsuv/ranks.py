@@ -1,7 +1,8 @@
 """What the processes of `torch.distributed` tell each other, so that all of them compute the same weights.
 
-`pool_ranks` pools the moments of an activation. `any_rank` and `mean_of_ranks` agree on an answer or a number. `in_step`
-makes an error on one rank an error on all. `from_rank_0` copies tensors. With one process, each does nothing."""
+`pool_ranks` pools the moments of an activation. `any_rank` and `mean_of_ranks` agree on an answer or a number.
+`in_step` makes an error on one rank an error on all. `from_rank_0` copies tensors. With one process, each does
+nothing."""
 from __future__ import annotations
 
 from typing import Callable, Iterable, TypeVar

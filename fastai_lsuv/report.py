@@ -21,7 +21,7 @@ STATUSES = {
     'tied': "its weight is another module's too",
     'constant': "its output does not vary: it is fed zeros, or zero-initialized",
     'unresponsive': "scaling its weight does not scale its output; the weight was put back",
-    'alike': "samples are alike where a norm layer compares them, and leave it rounding noise; it keeps its starting weight",
+    'alike': "a norm layer before it sees samples that are alike, and leaves noise; it keeps its starting weight",
     'outlier': "one sample of the mini-batch sets its std; it keeps its starting weight",
     'not called': "the model did not call it; its weight is as it was",
     'non-finite': "its output holds NaNs or infinities",
@@ -52,15 +52,15 @@ class Row:
 class LSUVReport:
     """What `lsuv_init` did, or `layer_stats` found: a `Row` a unit, in order of execution.
 
-    Iterate it, index it by position or by name, print it or show it in a notebook; `.pairs`, `.df()` and `.plot()` give it as
-    (mean, std) tuples, a DataFrame and a picture. Mean and std are those of the unit's whole output over the mini-batch of the
-    last pass, pooled over all its calls (and over the ranks of `torch.distributed`), the std unbiased as `Tensor.std` is.
-    Where fresh mini-batches keep disagreeing, those of the last passes are pooled.
+    Iterate it, index it by position or by name, print it or show it in a notebook; `.pairs`, `.df()` and `.plot()` give
+    it as (mean, std) tuples, a DataFrame and a picture. Mean and std are those of the unit's whole output over the
+    mini-batch of the last pass, pooled over all its calls (and over the ranks of `torch.distributed`), the std unbiased
+    as `Tensor.std` is. Where fresh mini-batches keep disagreeing, those of the last passes are pooled.
 
-    What became of a unit is its `status`: "ok", "no bias" (std right, and no bias to move the mean with), "off", "frozen",
-    "tied", "constant", "unresponsive", "alike", "outlier", "not called", "non-finite" or "undone"; `STATUSES` explains them. A
-    unit is "ok" only if its std was measured within `batch_tol` of its target and, where the order ends with a mean loop, its
-    mean as close to its target as so many samples can tell."""
+    What became of a unit is its `status`: "ok", "no bias" (std right, and no bias to move the mean with), "off",
+    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "not called", "non-finite" or "undone"; `STATUSES`
+    explains them. A unit is "ok" only if its std was measured within `batch_tol` of its target and, where the order
+    ends with a mean loop, its mean as close to its target as so many samples can tell."""
     def __init__(self,
         rows: list[Row],  # In order of execution
         order: str = '',  # The loops that were run; "" if none
@@ -115,11 +115,14 @@ class LSUVReport:
     @property
     def warning(self) -> str:
         "All that a user should look at, in a few sentences; \"\" if there is nothing."
-        undone = (f"LSUV put the weights back: {self.undone}. Leave the layers out whose outputs should not have std 1 (with "
-                  "`modules`), give them another `target_std`, or keep the weights with `force=True`") if self.undone else ''
+        undone = large = ''
+        if self.undone:
+            undone = (f"LSUV put the weights back: {self.undone}. Use `modules` to leave out layers whose outputs "
+                      "should not have std 1, give them another `target_std`, or keep the result with `force=True`")
         gains = [f'{r.name or "(model)"} by {r.gain:.2g}' for r in self.large_gains]
-        large = (f"LSUV scaled some weights by a lot: {_names(gains)}. Check that the mini-batch is scaled as your data is"
-                 if gains else '')
+        if gains:
+            large = (f"LSUV scaled some weights by a lot: {_names(gains)}. Check that the mini-batch is scaled as your "
+                     "data is")
         return '. '.join(s for s in (undone, self.left_alone, large) if s)
 
     @property
@@ -137,7 +140,7 @@ class LSUVReport:
                 f"{_count(self.n_passes, 'forward pass', 'forward passes')}{loss}")
 
     def df(self) -> pd.DataFrame:  # A row a unit, in order of execution
-        "A DataFrame with a row a unit and the fields of `Row` as columns; those of the baseline only where it was measured."
+        "A DataFrame: a row a unit, the fields of `Row` as columns, those of the baseline only if it was measured."
         import pandas as pd
         df = pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
         return df if self._baseline else df.drop(columns=['mean_before', 'std_before'])
@@ -147,8 +150,8 @@ class LSUVReport:
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         "Header and cells, with runs of layers that came out alike folded into one line where the table is long."
-        before = ['mean before', 'std before'] if self._baseline else []
-        head = ['layer', 'kind', 'output', 'mean', 'std', *before, *(['gain'] if self.order else []), 'passes', 'status']
+        before,gain = ['mean before', 'std before'] if self._baseline else [],['gain'] if self.order else []
+        head = ['layer', 'kind', 'output', 'mean', 'std', *before, *gain, 'passes', 'status']
         shown = self._shown()
         lines: list[list[str]] = []
         for folded, run in groupby(range(len(self)), key=lambda i: i not in shown):
@@ -167,11 +170,11 @@ class LSUVReport:
         counts = Counter(r.status for r in rows)
         statuses = next(iter(counts)) if len(counts) == 1 else ', '.join(f'{n} {s}' for s, n in counts.items())
         spans = [_span([r.mean for r in rows]), _span([r.std for r in rows])]
-        return [f'... {len(rows)} more', '', '', *spans, *(['', ''] if self._baseline else []), *([''] if self.order else []), '',
-                statuses]
+        others = ['']*(2*self._baseline + bool(self.order) + 1)
+        return [f'... {len(rows)} more', '', '', *spans, *others, statuses]
 
     def _shown(self) -> set[int]:
-        "The rows that have a line of their own: all of a short table; else its ends, what is rare, and the first of each status."
+        "The rows with a line of their own: of a long table its ends, rare ones, and the first of each status."
         n = len(self)
         if n <= _MOST_ROWS: return set(range(n))
         shown,room = {*range(_ENDS), *range(n - _ENDS, n)},_RARE

@@ -1,7 +1,7 @@
 """How a unit is corrected: three ways, with one interface, chosen when the units are found.
 
-`ClosedForm` is for a unit whose output is affine in its weight and bias. It runs the loops on moments, and mends the output
-in place. `RunAgain` is for every other unit. It runs the unit again on the input it was given, as the loops ask.
+`ClosedForm` is for a unit whose output is affine in its weight and bias. It runs the loops on moments, and mends the
+output in place. `RunAgain` is for every other unit. It runs the unit again on the input it was given, as the loops ask.
 `BetweenPasses` corrects a unit that is called several times in a forward pass, after a pass that ran it as it was.
 
 A pass gives the first two what a unit puts out (`observe`), and the last what a whole pass has seen (`after_pass`)."""
@@ -182,7 +182,7 @@ class ClosedForm:
     @np.errstate(all='ignore')
     def _solve(self, x: Tensor) -> None:
         u,b = self.unit,self.unit.biases()
-        if b.ndim and not u.seen.by_channel: return  # the biases were alike when the pass began; the next finds them differ
+        if b.ndim and not u.seen.by_channel: return  # biases were alike when the pass began; the next finds they differ
         now = u.recent()
         meter = AffineMeter(now.affine(1., -b), b, u.bias is not None, u.target.per_channel)
         if varies(meter.z, now): u.reason = _loop(u, meter, _MAX_STEPS)
@@ -216,8 +216,8 @@ class BetweenPasses:
     """Corrects a unit that is called several times, after a pass that ran it as it was.
 
     Where its output comes back as its input, the std grows as some power of the weight's scale: 1 where the calls have
-    nothing to do with each other, the number of calls in a chain of as many layers. The last two passes tell that power (the
-    secant method). It starts at the root of the number of calls."""
+    nothing to do with each other, the number of calls in a chain of as many layers. The last two passes tell that power
+    (the secant method). It starts at the root of the number of calls."""
     def __init__(self, unit: Unit):
         self.unit = unit
         self.height: np.ndarray | None = None  # Logarithm of std over target, in the pass before

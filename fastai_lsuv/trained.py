@@ -30,7 +30,7 @@ class KnownWeights:
 
     def note(self,
         params: Iterable[nn.Parameter],
-        written: set[int] | None = None  # After a run of LSUV: the ids of those that were written before it, and stay so
+        written: set[int] | None = None  # After a run of LSUV: ids of those that were written before it
     ) -> None:
         "Note parameters not seen before; after a run of LSUV, the versions that it has made."
         for p in params:
@@ -77,8 +77,8 @@ def pretrained_body(learn: Learner) -> set[int]:
 def _was_trained(learn: Learner) -> bool:
     """Whether an optimizer has taken a step. What `lr_find` did, it undid.
 
-    An optimizer keeps some state; or fastai's, which zeroes gradients, leaves zeros; or, where neither is to be had (plain
-    SGD, of torch), the Recorder has losses."""
+    An optimizer keeps some state; or fastai's, which zeroes gradients, leaves zeros; or, where neither is to be had
+    (plain SGD, of torch), the Recorder has losses."""
     opt,params,recorder = learn.opt,parameters(learn.model),vars(learn).get('recorder')
     optimizers = [o for o in (opt, vars(opt).get('opt')) if o is not None]  # an OptimWrapper's state is in `opt.opt`
     states = [o.state[p] for o in optimizers for p in params if p in o.state]
@@ -103,7 +103,8 @@ def learned_norm(model: nn.Module) -> str:
 
     for n, m in model.named_modules():
         w,b = m._parameters.get('weight'),m._parameters.get('bias')
-        if 'Norm' in type(m).__name__ and getattr(w, 'ndim', 0) == 1 and varies(w) and (b is None or varies(b)): return n
+        is_norm = 'Norm' in type(m).__name__ and getattr(w, 'ndim', 0) == 1
+        if is_norm and varies(w) and (b is None or varies(b)): return n
     return ''
 
 

@@ -1,8 +1,8 @@
 """What is normalized: a `Unit` is a module whose output is measured, with the weight and the bias that it owns.
 
 A `Unit` knows its name, its target, what passes have seen of it (`Observation`), what was done to it and why not.
-`find_units` makes them from a model and the `modules` argument, and decides which are left alone. Its `verdict` is the one
-place where a `Status` is decided. `solvers` corrects units, `passes` shows them their output."""
+`find_units` makes them from a model and the `modules` argument, and decides which are left alone. Its `verdict` is the
+one place where a `Status` is decided. `solvers` corrects units, `passes` shows them their output."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -176,7 +176,7 @@ class Unit:
         return self.reason not in ('unresponsive', 'tied')
 
     def due(self) -> bool:
-        "Whether the hook is to correct the unit now: in the first pass that runs it, and later if it is off its target."
+        "Whether to correct the unit now: in the first pass that runs it, and later if it is off its target."
         if self.last is None: return True
         return not (self.last.repeated or self.seen.repeated or self.met(self.judged()))
 
@@ -192,7 +192,7 @@ class Unit:
         return pool([*before, m]) if len(before) > 1 else m
 
     def judged(self) -> Moments:
-        "What tells whether the target is met: the last pass, or recent passes together where mini-batches keep disagreeing."
+        "What tells whether the target is met: the last pass, or recent passes where mini-batches keep disagreeing."
         m = self.latest.pooled
         return m if len(self.history) < _RECENT - 1 or self.met(m) else self.recent()
 
@@ -244,7 +244,8 @@ def select_modules(
         picked = [(n, m) for n, m in named if is_layer(m) and id(m) not in inside]
         if picked: return picked
         raise ValueError(f"model: {what} has no conv, linear or attention layer; name what to measure with `modules`")
-    takes = "it takes types, a predicate of a module, names or globs as in `named_modules()`, modules, or a list of these"
+    takes = ("it takes types, a predicate of a module, names or globs as in `named_modules()`, modules, or a list of "
+             "these")
     entries = list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
     if not entries: raise ValueError(f"modules: got {modules!r}, which selects nothing; {takes}")
     picked_ids: set[int] = set()
@@ -287,14 +288,14 @@ def measurable(
     "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
     for n, m in model.named_modules() if modules is None else select_modules(model, modules):
         if _is_compiled_layer(m):
-            raise TypeError(f"model: {n or 'it'!r} is a {m.original_name} compiled by torch.jit, which Python hooks do not "
-                            "reach; initialize the model first, then script or trace it")
+            raise TypeError(f"model: {n or 'it'!r} is a {m.original_name} compiled by torch.jit, which Python hooks do "
+                            "not reach; initialize the model first, then script or trace it")
     units = [Unit(n, m) for n, m in select_modules(model, modules)]
     for u in units:
         for r in u.refs:
             if r.tensor is not None and r.tensor.is_complex():
-                raise TypeError(f"model: {u.name!r} has a {r.tensor.dtype} {r.name}; LSUV normalizes real layers: leave it "
-                                "out with `modules`")
+                raise TypeError(f"model: {u.name!r} has a {r.tensor.dtype} {r.name}; LSUV normalizes real layers: "
+                                "leave it out with `modules`")
     return units
 
 
@@ -304,17 +305,18 @@ def find_units(
 ) -> list[Unit]:
     """The units of `model`, in order of registration, each with what it owns or why it is left alone.
 
-    Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one, and
-    `TypeError` as `measurable` does."""
+    Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one,
+    and `TypeError` as `measurable` does."""
     units = measurable(model, modules)
     for u in units:
         if u.layer is None:
-            raise ValueError(f"modules: {u.name!r} ({u.kind}) holds no conv, linear or attention layer, nor a `weight`, "
-                             "to scale; leave it out")
-        inner = next((o for o in units if o is not u and o.layer is u.layer and o.module in set(u.module.modules())), None)
+            raise ValueError(f"modules: {u.name!r} ({u.kind}) holds no conv, linear or attention layer, nor a "
+                             "`weight`, to scale; leave it out")
+        rivals = (o for o in units if o is not u and o.layer is u.layer)
+        inner = next((o for o in rivals if o.module in set(u.module.modules())), None)
         if inner is not None:
-            raise ValueError(f"modules: {u.name!r} and {inner.name!r} inside it are both selected, and both would scale the "
-                             "same layer; select one of them")
+            raise ValueError(f"modules: {u.name!r} and {inner.name!r} inside it are both selected, and both would "
+                             "scale the same layer; select one of them")
     # A module that is no unit may hold the weight too (an embedding tied to a decoder), and use it in another way.
     layers = {id(u.layer) for u in units} | {id(u.module) for u in units}
     others = (m for m in model.modules() if id(m) not in layers)

@@ -62,8 +62,8 @@ def is_affine(module: nn.Module) -> bool:
 class WeightRef:
     """One tensor that a unit is made of, in `owner.name`, or the value behind a property of that name.
 
-    It changes tensors through `.data`, unseen by autograd: a model may take a gradient in its forward pass. `Unit.finish`
-    counts the changes once for all, when the run is over."""
+    It changes tensors through `.data`, unseen by autograd: a model may take a gradient in its forward pass.
+    `Unit.finish` counts the changes once for all, when the run is over."""
     def __init__(self,
         owner: nn.Module,  # Module that has the attribute
         name: str,  # Attribute: "weight", "weight_g", "bias", ...
@@ -86,7 +86,7 @@ class WeightRef:
 
     @property
     def key(self) -> Any:
-        "The same for two references to one tensor. A property makes a new tensor each time, so its owner stands for it."
+        "The same for two references to one tensor. A property makes a new tensor each time: its owner stands for it."
         return (id(self.owner), self.name) if self.has_setter else id(self.value)
 
     def copy(self) -> Any: return self.tensor.detach().clone() if self.tensor is not None else self.value
@@ -115,8 +115,8 @@ class WeightRef:
         if v is not None and self.transposed_groups and v.dim() > 1:  # (in, out/groups, ...)
             x = x.view(self.transposed_groups, -1).repeat_interleave(v.shape[0]//self.transposed_groups, dim=0)
         if v is None or v.shape[:x.dim()] != x.shape:
-            raise ValueError(f"per_channel: {type(self.owner).__name__}.{self.name} does not hold a value for each of {c} "
-                             "channels; pass per_channel=False, or leave the module out with `modules`")
+            raise ValueError(f"per_channel: {type(self.owner).__name__}.{self.name} does not hold a value for each of "
+                             f"{c} channels; pass per_channel=False, or leave the module out with `modules`")
         return x.reshape(*x.shape, *[1]*(v.dim() - x.dim())).to(v)
 
 

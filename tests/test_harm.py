@@ -77,7 +77,7 @@ def test_what_a_batch_norm_leaves_of_samples_that_are_alike_is_not_scaled_up(noi
 
 
 def test_alike_samples_are_named_in_the_warning():
-    with pytest.warns(UserWarning, match=r'did not normalize 2 of 3 layers. alike \(samples are alike.*\): 3, 6'):
+    with pytest.warns(UserWarning, match=r'did not normalize 2 of 3 layers. alike \(a norm layer before it sees.*\): 3, 6'):
         lsuv_init(normed(), torch.randn(1, 16).repeat(64, 1))
 
 
