@@ -27,8 +27,9 @@ _ROUNDS = 3
 # Multiplications, about, up to which QR is faster. On one core, at 64x128, QR takes 0.3 ms and the rounds take 0.5.
 # At 128x128 QR takes 0.8 ms and the rounds take 0.6.
 _SMALL = 2**20
-# Numbers that go through the rounds together. They are enough for all cores, and they nearly fit a cache.
-_CHUNK = 2**20
+# Numbers that go through the rounds together. Cores wait for each other more often with fewer; more of them leave the
+# cache.
+_CHUNK = 2**21
 
 
 @torch.no_grad()
