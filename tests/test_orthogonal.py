@@ -84,8 +84,8 @@ def test_each_group_is_a_matrix_of_its_own(rows, cols):
     assert all(error(part) < 2e-6 for part in q.chunk(3)) and not torch.allclose(q[:rows], q[rows:2*rows])
 
 
-@pytest.mark.parametrize('kwargs,message', [(dict(start=-1), '-1:6'), (dict(stop=7), '0:7'), (dict(start=3, stop=2), '3:2'),
-                                            (dict(groups=4), '6 rows do not make 4 groups')])
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(start=-1), '-1:6'), (dict(stop=7), '0:7'), (dict(start=3, stop=2), '3:2'), (dict(groups=4), '6 rows.*4 g')])
 def test_what_it_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message): orthonormal(6, 4, **kwargs)
 
@@ -211,7 +211,7 @@ def test_singular_values_of_blocks_are_those_of_haars(rows, cols):
     assert (ours.mean(0) - haars.mean(0)).abs().max() < .04
 
 
-@pytest.mark.parametrize('n', [128, 127, 256])
+@pytest.mark.parametrize('n', [128, 127])
 def test_spectrum_of_a_product_of_ten(n):
     "Of ten whole matrices: angles of eigenvalues, evenly spread. Of ten with half of their columns: singular values."
     def values(draw):
