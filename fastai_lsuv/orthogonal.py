@@ -41,7 +41,8 @@ def orthonormal(
     start: int = 0,  # First row to return
     stop: int | None = None,  # Row to stop before; `None`: the end
     dtype: torch.dtype = torch.float32,  # Of the result; the computation is in float32 at least
-    device: torch.device | str | None = None  # Where to draw and to compute; `None`: torch's default device
+    device: torch.device | str | None = None,  # Where to draw and to compute; `None`: torch's default device
+    out: Tensor | None = None  # (stop - start, cols): holds the result, in place of a new tensor of `dtype` on `device`
 ) -> Tensor:  # (stop - start, cols)
     """Rows `start:stop` of a random matrix whose rows are orthonormal, or whose columns are if they are fewer.
 
@@ -51,8 +52,8 @@ def orthonormal(
     stop = rows if stop is None else stop
     if not 0 <= start <= stop <= rows: raise ValueError(f'rows {start}:{stop} are not a slice of {rows} rows')
     if rows % groups: raise ValueError(f'{rows} rows do not make {groups} groups')
-    q = torch.empty(stop - start, cols, dtype=dtype, device=device)
-    full,each = torch.promote_types(dtype, torch.float32),rows//groups
+    q = torch.empty(stop - start, cols, dtype=dtype, device=device) if out is None else out
+    full,each = torch.promote_types(q.dtype, torch.float32),rows//groups
     few,many = sorted((each, cols))
     if few*few*many <= _SMALL or not _has_fft(full, q.device):
         return q.copy_(_by_qr(groups, each, cols, full, q.device)[start:stop])

@@ -26,22 +26,28 @@ def orthogonal_(
     w = getattr(layer, 'weight', None)
     if not isinstance(w, Tensor) or w.numel() == 0 or not w.any(): return
     if w.dim() < 2 or any(not p.requires_grad for n, p in layer.named_parameters() if 'bias' not in n): return
-    groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    q = orthonormal(len(w), w[0].numel(), groups=groups, dtype=w.dtype, device=w.device).view(w.shape)
     if parametrize.is_parametrized(layer, 'weight'):
         # There may be no way back from a weight to what it is computed from.
         # There is none at all, or none as it is set up, or none from this weight.
         if not all(hasattr(m, 'right_inverse') for m in layer.parametrizations.weight): return
-        try: layer.weight = q.to(w)
+        try: layer.weight = _draw(layer, torch.empty_like(w))
         except (NotImplementedError, ValueError): return
     elif 'weight_g' in layer._parameters:  # weight_norm of old
-        g,v = layer.weight_g,layer.weight_v
-        v.data.copy_(q)
+        g,v = layer.weight_g,_draw(layer, layer.weight_v.data)
         dims = [d for d in range(v.dim()) if d >= g.dim() or g.shape[d] != v.shape[d]]
         g.data.copy_(torch.linalg.vector_norm(v, dim=dims or None, keepdim=bool(dims)).reshape(g.shape))
-    else: (layer.weight_orig if 'weight_orig' in layer._parameters else w).data.copy_(q)
+    else: _draw(layer, layer.weight_orig.data if 'weight_orig' in layer._parameters else w.data)
     bias = layer._parameters.get('bias')
     if bias is not None and bias.requires_grad: bias.data.zero_()
+
+
+def _draw(layer: nn.Module, w: Tensor) -> Tensor:
+    "Fill `w` with an orthonormal weight for `layer`, in place where its memory allows."
+    groups = layer.groups if isinstance(layer, _ConvNd) else 1
+    rows,cols = len(w), w[0].numel()
+    if w.is_contiguous(): orthonormal(rows, cols, groups=groups, out=w.view(rows, cols))
+    else: w.copy_(orthonormal(rows, cols, groups=groups, dtype=w.dtype, device=w.device).view(w.shape))
+    return w
 
 
 @torch.no_grad()

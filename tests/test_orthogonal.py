@@ -227,3 +227,12 @@ def test_spectrum_of_a_product_of_ten(n):
     assert (angles - even).abs().max() < 10*torch.pi/n
     assert ks_2samp(gaps, haars_gaps).pvalue > .01
     torch.testing.assert_close(logs, haars_logs, atol=.25, rtol=0)
+
+
+@pytest.mark.parametrize('rows, cols', [(16, 8), (300, 200), (200, 3000)])
+def test_the_same_matrix_is_drawn_into_memory_that_is_given(rows, cols):
+    torch.manual_seed(3)
+    want = orthonormal(rows, cols)
+    torch.manual_seed(3)
+    out = torch.full((rows, cols), 7.)
+    assert orthonormal(rows, cols, out=out) is out and torch.equal(out, want)
