@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 __all__ = ['FEW', 'new_axes', 'grid_of', 'depth_colors', 'draw_lines', 'draw_target', 'draw_histograms', 'outstanding',
-           'color_bar_of_layers', 'label_rows', 'title_of', 'wants_log']
+           'color_bar_of_grid', 'color_bar_of_layers', 'label_rows', 'title_of', 'wants_log']
 
 FEW = 12  # Up to so many layers get a legend
 _STYLES = '-', '--', '-.', ':'
@@ -111,9 +111,9 @@ def draw_lines(
 
 
 def draw_target(ax: Any, stat: str):
-    "A dashed line at mean 0 or std 1, behind the layers."
+    "A dashed line at mean 0 or std 1, in front of the thin lines."
     if stat not in _TARGETS: return
-    ax.axhline(_TARGETS[stat], color='0.4', ls=(0, (6, 3)), lw=1, zorder=0, label='_target')
+    ax.axhline(_TARGETS[stat], color='black', ls=(0, (6, 4)), lw=0.9, zorder=2.5, label='_target')
 
 
 def draw_histograms(
@@ -127,7 +127,7 @@ def draw_histograms(
     "Histograms over time, a column each."
     _, lo, hi = bins
     steps = records[0].step - 0.5, records[-1].step + 0.5
-    image = ax.imshow(counts, origin='lower', aspect='auto', cmap='viridis', extent=(*steps, lo, hi))
+    image = ax.imshow(counts, origin='lower', aspect='auto', cmap='viridis', vmin=0, extent=(*steps, lo, hi))
     if small:
         ax.set(xticks=[], yticks=[])
         label = label if len(label) <= 26 else '…' + label[-25:]
@@ -135,6 +135,14 @@ def draw_histograms(
         ax.set_yticks([lo, 0, hi])
     ax.set_title(label, fontsize='x-small' if small else 'medium', pad=2 if small else None)
     return image
+
+
+def color_bar_of_grid(axs: np.ndarray, image: Any):
+    "A short colour bar for panels that have their own scales."
+    height = axs[0].figure.get_size_inches()[1]
+    bar = axs[0].figure.colorbar(image, ax=list(axs), pad=0.02, shrink=min(1., 4/height), ticks=image.get_clim())
+    bar.set_ticklabels(['none', 'most'])
+    bar.set_label('elements, log')
 
 
 def color_bar_of_layers(axs: np.ndarray, labels: list[str], colors: np.ndarray):

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .recorder_drawing import (FEW, color_bar_of_layers, depth_colors, draw_histograms, draw_lines, draw_target, grid_of,
-                               label_rows, new_axes, outstanding, title_of, wants_log)
-from .recorder_records import COLUMNS, GRAD_COLUMNS, RecordStore
+from .recorder_drawing import (FEW, color_bar_of_grid, color_bar_of_layers, depth_colors, draw_histograms, draw_lines,
+                               draw_target, grid_of, label_rows, new_axes, outstanding, title_of, wants_log)
+from .recorder_records import GRAD_COLUMNS, RecordStore
 
 __all__ = ['StatsPlots']
 
@@ -95,9 +95,7 @@ class StatsPlots:
         for j, a in enumerate(axs):
             layer = self._store.layers[j]
             image = draw_histograms(a, self.hist(j), records, self._store.options.bins, layer.label, small=n > FEW)
-        bar = a.figure.colorbar(image, ax=list(axs), pad=0.02, aspect=40, ticks=image.get_clim())
-        bar.set_ticklabels(['fewest', 'most'])
-        bar.set_label('log(1 + elements), in each panel from its own fewest to most')
+        color_bar_of_grid(axs, image)
         if ax is None:
             _, lo, hi = self._store.options.bins
             a.figure.supxlabel(f'step {records[0].step} to {records[-1].step}', fontsize='small')
