@@ -95,10 +95,10 @@ def test_outputs_of_every_shape():
 
 class LanguageClassifier(nn.Module):
     "fastai's AWD_LSTM, and a head on its last output."
-    def __init__(self):
+    def __init__(self, width=12, hidden=24):
         from fastai.text.models.awdlstm import AWD_LSTM
         super().__init__()
-        self.encoder, self.head = AWD_LSTM(20, 12, 24, 2), nn.Linear(12, 10)
+        self.encoder, self.head = AWD_LSTM(20, width, hidden, 2), nn.Linear(width, 10)
 
     def forward(self, x):
         return self.head(self.encoder(x)[:, -1])
