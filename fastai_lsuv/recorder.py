@@ -27,25 +27,26 @@ __all__ = ['ActivationStatsRecorder']
 class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     """Record mean, std and share near zero of every layer's output while a `Learner` trains.
 
-    A superset of fastai's `ActivationStats`, with the same numbers, that can stay on for a whole run: it changes no loss
-    by a bit, waits for the device once an epoch, and keeps at most `max_steps` records. It measures a layer's output
-    before an in-place activation overwrites it; several calls in a step together; of a tuple or dict the first
-    floating-point tensor; in float32 at least. It records the batches of a fit only: not what other callbacks run before,
-    after or between them, nor `lr_find` or `get_preds`. `hist=True` covers -10 to 10, as most recorded layers come
-    before their activation. fastai's range is `hist=(40, 0, 10)`.
+    A superset of fastai's `ActivationStats`, with the same numbers, that can stay on for a whole run: it changes no
+    loss by a bit, waits for the device once an epoch, and keeps at most `max_steps` records. It measures an output
+    before an in-place activation overwrites it, all calls of a layer in a step together, of a tuple or dict the first
+    floating-point tensor. It records the batches of a fit, and not what other callbacks, `lr_find` or `get_preds` run.
+
+    `hist=True` covers -10 to 10, as most layers come before their activation. fastai's range is `hist=(40, 0, 10)`.
 
     `sample=k` measures every k-th sample (along dimension 0) of activations above 2**18 elements, and of their
-    gradients; counts are scaled up. In a batch of N samples, the standard error is about s*sqrt((k-1)/N) for a mean, with
-    s the std of the samples' own means, and q*sqrt((k-1)/N)/(2*std) for a std, with q that of their mean squares.
+    gradients. Counts are scaled up. In a batch of N samples, the standard error of a mean is about s*sqrt((k-1)/N),
+    where s is the std of the samples' own means. That of a std is about q*sqrt((k-1)/N)/(2*std), where q is the std
+    of the samples' own mean squares about the mean.
 
-    It starts anew with every fit unless `append`. Between fits nothing is left on the model, unless an exception ended
-    one: the hooks then stay, idle, until the next fit. `torch.compile`d models leave their graph at each recorded layer,
-    so compile without `fullgraph=True`. Under `torch.distributed` each rank records its own batches; the first writes.
-    `learn.export` keeps the recorder without its records, and an exported Learner needs this package to load. To do
-    without, call `learn.remove_cb(ActivationStatsRecorder)` before `export`.
+    It starts anew with every fit unless `append`. Its hooks stay on the model, idle, only after an exception, until
+    the next fit. `torch.compile`d models leave their graph at each recorded layer: compile without `fullgraph=True`.
+    Under `torch.distributed` each rank records its own batches, and the first writes. An exported Learner needs this
+    package to load: `learn.export` keeps the recorder, without its records. Call
+    `learn.remove_cb(ActivationStatsRecorder)` before `export` to do without.
 
-    It is `learn.activation_stats_recorder`. Raises `ValueError` or `TypeError` for an argument that it does not take, and
-    `ImportError` for a `.parquet` file without pyarrow; its methods raise `ValueError` before anything is recorded."""
+    It is `learn.activation_stats_recorder`. It raises `ValueError` or `TypeError` for an argument that it does not
+    take, and `ImportError` for a `.parquet` file without pyarrow. Its methods raise `ValueError` before a fit."""
     order,remove_on_fetch,feeds_nothing = -20,True,True  # the last: LSUV need not run it to see what the model is fed
     _stateattrs = '_store', '_recording', '_starting'
 
@@ -75,8 +76,8 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
 
     def before_fit(self):
         "Drop hooks that an exception left, and start anew when training starts."
-        self._end()
-        self._starting = True
+        self.after_train()
+        self._recording, self._starting = None, True
 
     def before_train(self):
         "Put the hooks in place."
@@ -133,12 +134,6 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     def after_fit(self):
         "As after an epoch, if `CancelFitException` ended one early."
         self.after_epoch()
-        self._end()
-
-    def _end(self):
-        "The fit is over."
-        if self._recording is not None:
-            self._recording.leave()
         self._recording = None
 
     def _begin(self):

@@ -54,7 +54,7 @@ def find_layers(
 
 
 def _chain(m: nn.Module) -> list[nn.Module]:
-    "The modules that an `nn.Sequential` calls in turn, those of the ones inside it included; another module is its own."
+    "The modules that an `nn.Sequential` calls in turn, inner ones included; another module is a chain of one."
     if not isinstance(m, nn.Sequential) or not len(m): return [m]
     return [c for part in m for c in _chain(part)]
 

@@ -89,7 +89,7 @@ class ActivationMeter:
         return measured if measured.n == n else measured.scaled(n)
 
     def _measure(self, x: Tensor, grad: bool) -> Measure:
-        "Measure on any device. `std_mean` uses Welford's method: it is exact wherever the mean is, in one read on a GPU."
+        "Measure on any device. `std_mean` uses Welford's method: exact wherever the mean is, in one read on a GPU."
         if x.numel() == 1:
             mean, std = x.reshape(()), torch.full((), _NAN, device=x.device)
         else:

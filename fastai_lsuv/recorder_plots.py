@@ -2,8 +2,8 @@
 
 `StatsPlots` is the part of the recorder that draws. It reads a `RecordStore`, and its methods return the axes.
 `plot_stats` and `dead_chart` show all layers over time, `plot_layer_stats` one layer, `color_dim` histograms.
-Layers are coloured by depth, from dark to light, so that the order shows in grey too. Few layers get a legend. With many,
-a colour bar names some of them, and `recorder_drawing.outstanding` picks those that are drawn thick and named."""
+Layers are coloured by depth, from dark to light, so that the order shows in grey too. Few layers get a legend.
+With many, a colour bar names some of them, and `recorder_drawing.outstanding` picks those that are drawn thick."""
 from __future__ import annotations
 
 from typing import Any
@@ -131,6 +131,7 @@ class StatsPlots:
         stats = (stats,) if isinstance(stats, str) else tuple(stats)
         unknown = [s for s in stats if s not in self._store.columns]
         if not unknown and stats: return stats
-        hint = '; pass `grads=True` to ActivationStatsRecorder to record gradients' if {*unknown} & {*GRAD_COLUMNS} else ''
+        asks_grads = not {*unknown}.isdisjoint(GRAD_COLUMNS)
+        hint = '; pass `grads=True` to ActivationStatsRecorder to record gradients' if asks_grads else ''
         given = unknown[0] if unknown else stats
         raise ValueError(f"stats: got {given!r}; it takes {', '.join(self._store.columns)}{hint}")

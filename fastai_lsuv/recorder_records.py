@@ -164,7 +164,7 @@ class RecordStore:
         raise ValueError("hist: no histograms are recorded; pass `hist=True` to ActivationStatsRecorder, then fit")
 
     def index(self, i: int | str) -> int:
-        "The place of a layer, given its place or its name. Raises `ValueError` for another, and if nothing is recorded."
+        "The place of a layer, given its place or its name. Raises `ValueError` for others, and before a fit."
         self.records()
         names = [layer.name for layer in self.layers]
         if isinstance(i, str) and i in names: return names.index(i)

@@ -83,8 +83,8 @@ class StatsTables:
     ) -> Diagnosis:  # A `Finding` for each trouble of each layer
         """Name the layers that vanish, explode, saturate or are mostly dead, and over which recorded training steps.
 
-        An element is dead at or below `near_zero` or a tenth of the layer's own std, whichever is less. So small numbers
-        around zero are half dead, as large ones are, and a layer that a ReLU mostly silences is dead at any scale.
+        An element is dead at or below `near_zero` or a tenth of the layer's own std, whichever is less. So small
+        numbers around zero are half dead, as large ones are, and what a ReLU mostly silences is dead at any scale.
         The check leaves out layers that no ReLU follows, as far as the model shows: the last layer, recurrent and
         attention layers, and those that another module follows in an `nn.Sequential`. Some healthy networks with ReLU
         are this sparse: raise `dead` for them.

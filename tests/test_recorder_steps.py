@@ -5,7 +5,7 @@ import pytest
 import torch
 from fastai.basics import Callback, CancelBatchException, CancelFitException
 from fastai.callback import schedule  # noqa: F401 (adds `lr_find`)
-from recording import Do, convnet, digits, fit, hooks_on, keep_outputs, learner, stats64
+from recording import Do, convnet, digits, fit, hooks_on, learner, stats64
 from torch import nn
 
 from fastai_lsuv import LSUVCallback

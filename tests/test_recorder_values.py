@@ -210,7 +210,8 @@ def test_checkpointed_layers_count_once():
 
 
 def test_large_activations_are_sampled_and_small_ones_are_not():
-    big = nn.Sequential(nn.Conv2d(1, 320, 3, padding=1), nn.ReLU(), nn.Conv2d(320, 4, 8), nn.Flatten(), nn.Linear(4, 10))
+    big = nn.Sequential(nn.Conv2d(1, 320, 3, padding=1), nn.ReLU(), nn.Conv2d(320, 4, 8), nn.Flatten(),
+                        nn.Linear(4, 10))
     rec = ActivationStatsRecorder(sample=2, hist=True, grads=True)
     outs, small = keep_outputs(big[0]), keep_outputs(big[2])
     fit(learner(big, cbs=rec, dls=digits(16, valid=0)))
