@@ -34,9 +34,9 @@ def public_names() -> dict[str, object]:
     from fastai.callback.core import _events
 
     import fastai_lsuv
-    from fastai_lsuv import recorder_plots, report
+    from fastai_lsuv import recorder_diagnosis, recorder_tables, report
     names = {n: getattr(fastai_lsuv, n) for n in fastai_lsuv.__all__}
-    names |= {c.__name__: c for c in (report.Row, recorder_plots.Pairs, recorder_plots.Finding, recorder_plots.Diagnosis)}
+    names |= {c.__name__: c for c in (report.Row, recorder_tables.Pairs, recorder_diagnosis.Finding, recorder_diagnosis.Diagnosis)}
     for n,o in list(names.items()):
         for c in getattr(o, '__mro__', ()):
             if not c.__module__.startswith('fastai_lsuv'): continue
