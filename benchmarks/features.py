@@ -195,7 +195,7 @@ def trained(name, folder, n=8, model=None, **kwargs):
 
 def histograms(name, folder):
     if name == 'torchinstruments': return len(trained(name, folder)) > 0 and any((Path(folder)/'tensorboard').rglob('events*'))
-    rec = trained(name, folder, **({'hist': True} if name == 'fastai_lsuv' else {'with_hist': True}))
+    rec = trained(name, folder, **({'hist': (40, 0, 10)} if name == 'fastai_lsuv' else {'with_hist': True}))
     return rec.hist(0).shape == (40, 8)
 
 

@@ -109,8 +109,9 @@ class StatsPlots:
     ) -> Any:  # The axes
         """Plot the dead share of every layer (a row each) over time: what `diagnose` judges.
 
-        An element is dead at or below `near_zero` or a tenth of the layer's std, whichever is less. With many layers,
-        some are named: those that are mostly dead at the end, in bold, then every so many-th."""
+        An element is dead at or below `near_zero` or a tenth of the layer's std, whichever is less. Half of the
+        numbers around zero are. With many layers, some are named: those that are
+        mostly dead at the end, in bold, then every so many-th."""
         records = self._store.records(phase)
         labels = [layer.label for layer in self._store.layers]
         n = len(labels)
@@ -123,7 +124,7 @@ class StatsPlots:
         label_rows(a, labels, np.flatnonzero(dead))
         title = title_of('dead', self._store.options.near_zero)
         a.set(xlabel='step', title=title)
-        a.figure.colorbar(image, ax=a, pad=0.02, label='dead share: 0.5 is normal around zero')
+        a.figure.colorbar(image, ax=a, pad=0.02, label='dead share')
         return a
 
     def _known_stats(self, stats: str | tuple[str, ...]) -> tuple[str, ...]:
