@@ -291,8 +291,8 @@ def histograms(name, folder, device):
     if name == 'torchinstruments':
         rec = trained(name, folder, device)
         return len(rec) > 0 and any((Path(folder)/'tensorboard').rglob('events*'))
-    option = 'hist' if name == 'fastai_lsuv' else 'with_hist'
-    return trained(name, folder, device, **{option: True}).hist(0).shape == (40, 8)
+    option = {'hist': (40, 0, 10)} if name == 'fastai_lsuv' else {'with_hist': True}
+    return trained(name, folder, device, **option).hist(0).shape == (40, 8)
 
 
 def gradients(name, folder, device):

@@ -38,9 +38,10 @@ def public_names() -> dict[str, object]:
     from fastai.callback.core import _events
 
     import fastai_lsuv
-    from fastai_lsuv import recorder_plots, report
+    from fastai_lsuv import report
+    from fastai_lsuv.recorder import diagnosis, tables
     names = {n: getattr(fastai_lsuv, n) for n in fastai_lsuv.__all__}
-    results = report.Row, recorder_plots.Pairs, recorder_plots.Finding, recorder_plots.Diagnosis
+    results = report.Row, tables.Pairs, diagnosis.Finding, diagnosis.Diagnosis
     names |= {c.__name__: c for c in results}
     for n, o in list(names.items()):
         for c in getattr(o, '__mro__', ()):

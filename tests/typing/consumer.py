@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, LSUVReport, layer_stats, lsuv_init
-from fastai_lsuv.recorder_plots import Diagnosis, Finding, Pairs
+from fastai_lsuv.recorder_diagnosis import Diagnosis, Finding
+from fastai_lsuv.recorder_tables import Pairs
 from fastai_lsuv.report import STATUSES, Row
 
 model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -89,6 +90,7 @@ lsuv_init(model, batch, ordr='std')  # type: ignore[call-arg]
 lsuv_init(model, batch, order=('std',))  # type: ignore[arg-type]
 lsuv_init(model, batch, 'std')  # type: ignore[call-arg]
 LSUVCallback(min_samples='16')  # type: ignore[arg-type]
-ActivationStatsRecorder(hist=40)  # type: ignore[arg-type]
+ActivationStatsRecorder(hist=40, sample=4)
+ActivationStatsRecorder(hist='40')  # type: ignore[arg-type]
 report[0].status = 'ok'  # type: ignore[misc]
 report['head'].mena  # type: ignore[attr-defined]

@@ -1,0 +1,227 @@
+"What `ActivationMeter` measures of one tensor, against torch in double precision and against `torch.histc`."
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from recording import stats64
+
+from fastai_lsuv.moments import flat
+from fastai_lsuv.recorder_meter import LARGE, ActivationMeter, pool
+
+FASTAI = 40, 0., 10.
+
+HARD = {
+    'far from zero': lambda: torch.randn(64, 32, 12, 12)*1. + 1000,
+    'far from zero, small': lambda: torch.randn(7)*1e-3 + 5,
+    'constant': lambda: torch.full((3, 4, 5), 0.1),
+    'constant but one': lambda: torch.cat([torch.full((9999,), 3.), torch.tensor([3.001])]),
+    'zeros': lambda: torch.zeros(100, 20),
+    'huge': lambda: torch.randn(50, 60)*1e25,
+    'tiny': lambda: torch.randn(50, 60)*1e-25,
+    'several chunks, odd': lambda: torch.randn(2*2**17 + 4321),
+    'at the threshold': lambda: torch.tensor([0.05]*3 + [0.050000004, 0.049999997, -1., 0.]),
+    'channels last': lambda: torch.randn(4, 30, 9, 7).to(memory_format=torch.channels_last)
+                             * torch.arange(1, 31)[:, None, None],
+    'transposed': lambda: torch.randn(33, 44).t(),
+    'gaps': lambda: torch.randn(20, 30)[::2, 3:17],
+    'expanded': lambda: torch.randn(5, 1, 7).expand(5, 6, 7),
+    'half': lambda: torch.randn(30, 40).half()*3 + 2,
+    'bfloat16': lambda: torch.randn(30, 40).bfloat16(),
+    'half, sums overflow': lambda: torch.full((300, 400), 300.).half(),
+    'double': lambda: torch.randn(30, 40).double() + 1e6,
+    'no dimensions': lambda: torch.tensor(2.),
+}
+LOSES_DIGITS = 'far from zero, small', 'constant but one'
+
+
+def histogram(x, bins):
+    return ActivationMeter(0., bins)(x).hist
+
+
+# ---- Mean, std and counts ----
+
+@pytest.mark.parametrize('name', HARD)
+def test_mean_std_and_share_are_exact(name):
+    x = HARD[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        m = ActivationMeter(0.05)(x)
+    mean, std, zero = stats64(x) if x.numel() > 1 else (x.item(), float('nan'), 0.)
+    scale = max(abs(mean), std if np.isfinite(std) else 0.)
+    rel = 2e-5 if name in LOSES_DIGITS else 3e-6
+    assert float(m.mean) == pytest.approx(mean, abs=3e-6*scale)
+    assert float(m.std) == pytest.approx(std, rel=rel, abs=1e-7*abs(mean), nan_ok=True)
+    assert float(m.near_zero)/m.n == pytest.approx(zero, abs=1e-12)
+    assert m.n == x.numel()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('scale', [1e-3, 0.014, 0.3, 1., 50.])
+def test_dead_elements_are_counted_on_the_scale_of_the_layer(scale, dtype):
+    x = torch.randn(300, 1001)*scale
+    for y in (x, x.relu()*(torch.rand_like(x) < 0.1)):
+        threshold = min(0.05, 0.1*y.double().std().item())
+        m = ActivationMeter(0.05)(y.to(dtype))
+        assert float(m.dead) == pytest.approx((y <= threshold).sum().item(), abs=3)
+
+
+@pytest.mark.parametrize('near_zero', [0., -1.])
+def test_a_threshold_at_zero_or_below_is_that_of_the_dead_too(near_zero):
+    m = ActivationMeter(near_zero)(torch.randn(1000))
+    assert m.dead == m.near_zero
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_non_finite_activations_are_measured_as_fastai_does(bad, dtype):
+    x = torch.cat([torch.linspace(-1, 9, 1001), torch.tensor([bad])]).to(dtype)
+    m = ActivationMeter(0.05, FASTAI)(x)
+    assert float(m.mean) == pytest.approx(float(x.mean()), nan_ok=True)
+    assert np.isnan(float(m.std))
+    assert float(m.near_zero) == float(m.dead) == (x <= 0.05).sum()
+    assert m.hist.sum() == ((x >= 0) & (x <= 10)).sum()
+
+
+def test_gradients_count_exact_zeros():
+    g = torch.tensor([0., -1., 1e-30, 0., -0.])
+    assert ActivationMeter(0.05, FASTAI)(g, grad=True)[3:] == (3, 0, None)
+
+
+def test_elements_are_never_copied_to_be_reordered():
+    x = torch.randn(4, 5, 6, 7)
+    for y in (x, x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2)):
+        assert flat(y).data_ptr() == y.data_ptr()
+    assert sorted(flat(x.expand(2, 4, 5, 6, 7)).tolist()) == sorted(x.flatten().tolist()*2)
+
+
+@pytest.mark.parametrize('default', [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default):
+    x = torch.randn(1001)*4
+    want = ActivationMeter(0.05, FASTAI)(x)
+    torch.set_default_dtype(default)
+    try:
+        got = ActivationMeter(0.05, FASTAI)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got[:5] == want[:5]
+    assert torch.equal(got.hist, want.hist)
+
+
+def test_one_meter_measures_layers_of_all_sizes():
+    meter = ActivationMeter(0.05, FASTAI)
+    for n in (7, 2**18, 1, 2**20 + 3, 8, 5):
+        x = torch.randn(n)*4
+        m = meter(x)
+        assert torch.equal(m.hist.float(), x.histc(*FASTAI))
+        assert m.near_zero == (x <= 0.05).sum()
+        assert m.mean == pytest.approx(x.double().mean().item(), abs=1e-5)
+        assert n == 1 or m.std == pytest.approx(x.double().std().item(), rel=1e-5)
+
+
+def test_what_was_made_in_inference_mode_serves_outside_of_it():
+    meter, x = ActivationMeter(0.05, FASTAI), torch.randn(1000)*4
+    with torch.inference_mode():
+        first = meter(x)
+    again = meter(x)
+    assert torch.equal(first.hist, again.hist)
+    assert first[:5] == again[:5]
+
+
+def test_calls_are_pooled_as_the_elements_of_all():
+    parts = [torch.randn(n)*n + 3 for n in (1, 7, 2000)]
+    meter = ActivationMeter(0.05, FASTAI)
+    m, x = pool([meter(p) for p in parts]), torch.cat(parts)
+    assert (m.mean, m.std, m.near_zero/m.n) == pytest.approx(stats64(x), rel=1e-5)
+    assert torch.equal(m.hist.float(), x.histc(*FASTAI))
+
+
+# ---- Histograms ----
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 200), st.integers(-6, 6), st.integers(1, 40), st.integers(1, 700), st.integers(0, 10**6))
+def test_histogram_counts_as_histc(bins, lo, width, n, seed):
+    g = torch.Generator().manual_seed(seed)
+    hi = lo + width
+    x = torch.randn(n, generator=g)*width + lo
+    x[::3] = (x[::3]*2).round()/2  # exact ties, on edges among them
+    x[:2] = torch.tensor([hi, lo], dtype=torch.float32)[:n]
+    ours, theirs = histogram(x, (bins, float(lo), float(hi))), x.histc(bins, lo, hi)
+    assert ours.sum() == theirs.sum() == ((x >= lo) & (x <= hi)).sum()
+    # `histc` multiplies and divides, we multiply: an element within rounding of an edge may fall on either side.
+    if np.log2(bins/width) % 1 == 0:
+        assert torch.equal(ours.float(), theirs)
+    at = (x.double()-lo)*bins/width
+    assert (ours - theirs).abs().sum() <= 2*((at - at.round()).abs() < 1e-4).sum()
+
+
+@pytest.mark.parametrize('bins', [FASTAI, (80, -10., 10.), (64, -8., 8.), (320, 0., 10.), (126, 0., 31.5),
+                                  (127, -31.75, 0.)])
+def test_histogram_of_several_chunks(bins):
+    x = torch.randn(9*2**17 + 11)*4 + 3
+    for y in (x, x.relu(), torch.zeros_like(x), -x.abs(), x.abs()+10, x[:-4]):
+        assert torch.equal(histogram(y, bins).float(), y.histc(*bins))
+
+
+@pytest.mark.parametrize('bins', [(40, 0., 9.9), (3, 0., 37.), (7, 0., 23.)])
+def test_what_is_above_the_range_is_not_counted(bins):
+    x = torch.randn(10000)*20
+    assert histogram(x, bins).sum() == x.histc(*bins).sum() == ((x >= bins[1]) & (x <= bins[2])).sum()
+
+
+@pytest.mark.parametrize('bins', [(40, 100., 100.001), (200, 1e6, 1e6+1), (40, 1e6, 1e6+.01), (40, 100., 101.),
+                                  (50, 10., 10.000301), (1, 126.99738921802668, 126.99742424652354),
+                                  (127, 10000., 10000.73), (7, -7.3, -7.299985620754372)])
+def test_bins_far_from_zero(bins):
+    x = bins[1] + torch.randn(10000)*(bins[2] - bins[1])
+    assert torch.equal(histogram(x, bins).float(), x.histc(*bins))
+
+
+@pytest.mark.parametrize('bins', [(40, -3e38, 3e38), (40, 0., 1e-37)])
+def test_bins_at_the_ends_of_what_float32_holds(bins):
+    x = torch.rand(1000)*bins[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        hist = histogram(x, bins)
+    assert torch.equal(hist.float(), x.histc(*bins))
+
+
+# ---- Samples ----
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_all_samples_are_the_same_numbers_to_the_bit(grad):
+    x = torch.randn(64, 16, 20, 20)*3
+    want, got = ActivationMeter(0.05, FASTAI)(x, grad), ActivationMeter(0.05, FASTAI, sample=1)(x, grad)
+    assert got[:5] == want[:5]
+    assert grad or torch.equal(got.hist, want.hist)
+
+
+def test_a_small_activation_is_measured_whole():
+    x = torch.randn(LARGE//1024, 1024)*3
+    want, got = ActivationMeter(0.05, FASTAI)(x), ActivationMeter(0.05, FASTAI, sample=4)(x)
+    assert got[:5] == want[:5]
+    assert torch.equal(got.hist, want.hist)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_a_large_activation_is_measured_by_every_kth_sample(layout):
+    x = (torch.randn(50, 16, 20, 20)*3).to(memory_format=layout)
+    part, got = ActivationMeter(0.05, FASTAI)(x[::4]), ActivationMeter(0.05, FASTAI, sample=4)(x)
+    assert got[:3] == (x.numel(), part.mean, part.std)
+    assert got.near_zero/got.n == pytest.approx(part.near_zero/part.n, rel=1e-9)
+    torch.testing.assert_close(got.hist, part.hist*(50/13), check_dtype=False)
+
+
+def test_samples_agree_within_the_standard_error_that_the_docs_state():
+    k, n, errors = 4, 64, []
+    for _ in range(60):
+        # Samples differ from each other in their means and in their scales.
+        x = torch.randn(n, 4200)*(1 + torch.rand(n, 1)) + torch.randn(n, 1)
+        m, mean, std = ActivationMeter(0.05, sample=k)(x), x.mean().item(), x.std().item()
+        s, q = x.mean(1).std().item(), (x-mean).square().mean(1).std().item()
+        factor = ((k-1)/n)**0.5
+        errors.append([(m.mean-mean)/(s*factor), (m.std-std)/(q*factor/(2*std))])
+    rms = np.sqrt(np.mean(np.square(errors), 0))
+    assert (abs(rms - 1) < 0.25).all(), rms
+    assert np.abs(errors).max() < 4.5
