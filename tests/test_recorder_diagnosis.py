@@ -9,7 +9,7 @@ from test_recorder_values import LanguageClassifier, letters
 from torch import nn
 
 from fastai_lsuv.recorder import ActivationStatsRecorder
-from fastai_lsuv.recorder_layers import find_layers
+from fastai_lsuv.recorder.layers import find_layers
 
 
 def recorded(model, modules=None, scale=None):

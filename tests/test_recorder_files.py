@@ -13,7 +13,7 @@ import pytest
 from fastai.basics import Callback, CancelFitException
 from recording import Do, convnet, fit, hooks_on, learner
 
-from fastai_lsuv import recorder as recorder_module
+from fastai_lsuv.recorder import callback as recorder_module
 from fastai_lsuv.recorder import ActivationStatsRecorder
 
 
@@ -114,5 +114,5 @@ new = set(sys.modules) - before
 optional = 'tensorboard', 'wandb', 'matplotlib', 'pyarrow'
 found = [m for m in new if m.split('.')[0] in optional or m == 'torch._dynamo']
 assert not found, found"""
-    root = Path(recorder_module.__file__).parent.parent
+    root = Path(recorder_module.__file__).parents[2]
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, cwd=root)

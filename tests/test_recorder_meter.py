@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from recording import stats64
 
 from fastai_lsuv.moments import flat
-from fastai_lsuv.recorder_meter import LARGE, ActivationMeter, pool
+from fastai_lsuv.recorder.meter import LARGE, ActivationMeter, pool
 
 FASTAI = 40, 0., 10.
 

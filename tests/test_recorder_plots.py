@@ -6,8 +6,8 @@ from recording import convnet, deep, fit, learner
 from torch import nn
 
 from fastai_lsuv.recorder import ActivationStatsRecorder
-from fastai_lsuv.recorder_drawing import depth_colors, label_rows, outstanding
-from fastai_lsuv.recorder_layers import label_of
+from fastai_lsuv.recorder.drawing import depth_colors, label_rows, outstanding
+from fastai_lsuv.recorder.layers import label_of
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402

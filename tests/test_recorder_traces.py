@@ -11,9 +11,9 @@ from recording import Do, convnet, digits, fit, layers, learner
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_lsuv import recorder_fit
+from fastai_lsuv.recorder import fit as recorder_fit
 from fastai_lsuv.recorder import ActivationStatsRecorder
-from fastai_lsuv.recorder_meter import ActivationMeter
+from fastai_lsuv.recorder.meter import ActivationMeter
 
 
 # ---- Training ----

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, LSUVReport, layer_stats, lsuv_init
-from fastai_lsuv.recorder_diagnosis import Diagnosis, Finding
-from fastai_lsuv.recorder_tables import Pairs
+from fastai_lsuv.recorder.diagnosis import Diagnosis, Finding
+from fastai_lsuv.recorder.tables import Pairs
 from fastai_lsuv.report import STATUSES, Row
 
 model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

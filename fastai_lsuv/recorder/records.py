@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .recorder_layers import RecordedLayer
-from .recorder_options import RecorderOptions
+from .layers import RecordedLayer
+from .options import RecorderOptions
 
 __all__ = ['Record', 'RecordStore', 'COLUMNS', 'GRAD_COLUMNS']
 

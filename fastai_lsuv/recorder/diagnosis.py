@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .recorder_layers import Bound, RecordedLayer
-from .recorder_records import RecordStore
+from .layers import Bound, RecordedLayer
+from .records import RecordStore
 
 __all__ = ['Finding', 'Diagnosis', 'Limits', 'diagnose']
 

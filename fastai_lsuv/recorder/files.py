@@ -13,7 +13,7 @@ from types import ModuleType
 import pandas as pd
 from fastai.callback.core import Callback
 
-from .recorder_records import PHASES, Record, RecordStore
+from .records import PHASES, Record, RecordStore
 
 __all__ = ['StatsFile', 'log_scalars', 'write_new_records']
 

@@ -3,16 +3,16 @@
 `StatsPlots` is the part of the recorder that draws. It reads a `RecordStore`, and its methods return the axes.
 `plot_stats` and `dead_chart` show all layers over time, `plot_layer_stats` one layer, `color_dim` histograms.
 Layers are coloured by depth, from dark to light, so that the order shows in grey too. Few layers get a legend.
-With many, a colour bar names some of them, and `recorder_drawing.outstanding` picks those that are drawn thick."""
+With many, a colour bar names some of them, and `drawing.outstanding` picks those that are drawn thick."""
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
 
-from .recorder_drawing import (FEW, color_bar_of_grid, color_bar_of_layers, depth_colors, draw_histograms, draw_lines,
+from .drawing import (FEW, color_bar_of_grid, color_bar_of_layers, depth_colors, draw_histograms, draw_lines,
                                draw_target, grid_of, label_rows, new_axes, outstanding, title_of, wants_log)
-from .recorder_records import GRAD_COLUMNS, RecordStore
+from .records import GRAD_COLUMNS, RecordStore
 
 __all__ = ['StatsPlots']
 

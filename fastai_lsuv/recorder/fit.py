@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .recorder_hooks import RecordingHooks
-from .recorder_layers import find_layers
-from .recorder_meter import ActivationMeter
-from .recorder_options import RecorderOptions
-from .recorder_records import Record, RecordStore
+from .hooks import RecordingHooks
+from .layers import find_layers
+from .meter import ActivationMeter
+from .options import RecorderOptions
+from .records import Record, RecordStore
 
 __all__ = ['FitRecording']
 

@@ -14,12 +14,12 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model, rank_distrib
 
-from .recorder_files import StatsFile, write_new_records
-from .recorder_fit import FitRecording
-from .recorder_options import RecorderOptions
-from .recorder_plots import StatsPlots
-from .recorder_records import RecordStore
-from .recorder_tables import StatsTables
+from .files import StatsFile, write_new_records
+from .fit import FitRecording
+from .options import RecorderOptions
+from .plots import StatsPlots
+from .records import RecordStore
+from .tables import StatsTables
 
 __all__ = ['ActivationStatsRecorder']
 

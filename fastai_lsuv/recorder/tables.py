@@ -11,8 +11,8 @@ import torch
 from fastcore.foundation import L
 from torch import Tensor
 
-from .recorder_diagnosis import Diagnosis, Limits, diagnose
-from .recorder_records import RecordStore
+from .diagnosis import Diagnosis, Limits, diagnose
+from .records import RecordStore
 
 __all__ = ['StatsTables', 'Pairs']
 

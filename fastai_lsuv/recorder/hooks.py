@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .moments import first_tensor
-from .recorder_meter import ActivationMeter, Measure, pool
-from .recorder_records import Record
+from ..moments import first_tensor
+from .meter import ActivationMeter, Measure, pool
+from .records import Record
 
 __all__ = ['RecordingHooks']
 
