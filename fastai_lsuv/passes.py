@@ -14,7 +14,7 @@ from torch import nn
 
 from .conditions import NormWatch, measuring
 from .moments import first_tensor
-from .solvers import BetweenPasses, choose_solver, measure
+from .solvers import BetweenPasses, biases, choose_solver, measure
 from .units import Observation, Unit
 
 __all__ = ['Passes', 'arguments', 'call']
@@ -38,9 +38,10 @@ class Passes:
     @torch.no_grad()
     def __call__(self,
         batch: Any,  # A tensor, or a tuple or dict of the model's inputs
-        correct: bool = True  # Run the loops, or only measure
+        correct: bool = True,  # Run the loops, or only measure
+        fresh: bool = True  # Whether this is another mini-batch than that of the pass before
     ) -> bool:  # Whether any unit was changed
-        for u in self.units: u.begin()
+        for u in self.units: u.begin(fresh)
         self.correct,self.ran = correct,0
         self.norms.reset()
         with self.hooked(), measuring(self.model, self.norms), _eager(): call(self.model, batch)
@@ -106,7 +107,7 @@ class Passes:
         if x is None or x.numel() == 0: return None
         may_change = self.correct and u.claim(self.owners)
         if u.seen is None:
-            u.seen = Observation(u.target.per_channel or bool(may_change and u.affine and u.biases().ndim))
+            u.seen = Observation(u.target.per_channel or bool(may_change and u.affine and biases(u).ndim))
             self.order.setdefault(u)
             self.ran += 1
         u.seen.shape = tuple(x.shape)

@@ -13,7 +13,7 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 
 from fastai_lsuv import LSUVCallback
-from fastai_lsuv.units import find_units
+from fastai_lsuv.selection import find_units
 
 
 # --- data

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from fastai_lsuv import layer_stats, lsuv_init
 from fastai_lsuv.preinit import orthogonal_
-from fastai_lsuv.units import find_units, select_modules
+from fastai_lsuv.selection import find_units, select_modules
 
 
 def init(model, batch, **kwargs):
