@@ -123,7 +123,7 @@ def initialize(
             rows = [_row(u, before) for u in _in_order(passes)]
             undone = ''
         n_passes = n + bool(before) + (check.pair is not None)
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.error)
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.note)
 
 
 def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[float, float]]:

@@ -32,7 +32,9 @@ class Evidence:
     "What moments rest on."
     samples: int = 1  # Samples in the mini-batch: the size of dimension 0
     top: float = 0.  # Share of the activation's squares that one sample holds, the largest
-    norm: float = 1.  # Smallest share of spread in the input of a norm layer before it (see `conditions.NormWatch`)
+    spread: float = 1.  # Smallest share of spread that a norm layer before it has seen (see `conditions.NormWatch`)
+    normed: bool = False  # Whether a norm layer has run before it
+    alike: bool = False  # Whether the samples of the mini-batch are alike
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Moments:
     mean: np.ndarray  # (C,): mean of each channel; or a number: of the whole
     var: np.ndarray  # (C,): variance within each channel; or a number: its mean over channels, or that of the whole
     evidence: Evidence = field(default=Evidence())
+
+    @property
+    def features(self) -> float:
+        "Elements a sample."
+        return self.count*self.mean.size/self.evidence.samples
 
     def stats(self, per_channel: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Mean and std, unbiased as `Tensor.std` is.
@@ -227,5 +234,7 @@ def pool(
     squares = [m.count*float(np.mean(m.var + between(m))) for m in moments]
     total = sum(squares)
     top = max(m.evidence.top*q for m, q in zip(moments, squares))/total if total > 0 else 0.
-    evidence = Evidence(sum(m.evidence.samples for m in moments), top, min(m.evidence.norm for m in moments))
+    parts = [m.evidence for m in moments]
+    evidence = Evidence(sum(e.samples for e in parts), top, min(e.spread for e in parts), any(e.normed for e in parts),
+                        all(e.alike for e in parts))
     return Moments(n, mean, var, evidence)

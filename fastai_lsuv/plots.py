@@ -29,8 +29,8 @@ def plot_rows(
     stds = [s for r in rows for s in (r.std, r.std_before) if s is not None and 0 < s < float('inf')]
     if stds and max(stds)/min(stds) > 20: axs[0].set_yscale('log')
     for ax in axs: _widen(ax)
-    if len(rows) <= _NAMED: axs[-1].set_xticks(range(len(rows)), [r.name for r in rows], rotation=60, ha='right', fontsize=7)
-    else: axs[-1].set_xlabel('layer, in order of execution')
+    if len(rows) > _NAMED: axs[-1].set_xlabel('layer, in order of execution')
+    else: axs[-1].set_xticks(range(len(rows)), [r.name for r in rows], rotation=60, ha='right', fontsize=7)
     axs[0].legend(fontsize=8)
     return axs
 
@@ -44,7 +44,8 @@ def _plot(ax: Any, what: str, rows: Sequence[Row], corrected: bool) -> None:
     after = [getattr(r, what) for r in rows]
     ax.plot(x, after, color='tab:blue', marker=marker, ms=3, lw=1.2, label='after' if corrected else what)
     bad = [i for i, r in enumerate(rows) if r.status not in DONE]
-    if bad and corrected: ax.plot(bad, [after[i] for i in bad], ls='', marker='x', color='tab:red', label='not normalized')
+    if bad and corrected:
+        ax.plot(bad, [after[i] for i in bad], ls='', marker='x', color='tab:red', label='not normalized')
     ax.set_ylabel(what)
     ax.grid(alpha=.3)
 

@@ -27,7 +27,7 @@ class LSUVReport:
     as `Tensor.std` is. Where fresh mini-batches keep disagreeing, those of the last passes are pooled.
 
     What became of a unit is its `status`: "ok", "no bias" (std right, and no bias to move the mean with), "off",
-    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "not called", "non-finite" or "undone"; `STATUSES`
+    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "faint", "not called", "non-finite" or "undone"; `STATUSES`
     explains them. A unit is "ok" only if its std was measured within `batch_tol` of its target and, where the order
     ends with a mean loop, its mean as close to its target as so many samples can tell."""
     def __init__(self,
@@ -36,10 +36,10 @@ class LSUVReport:
         n_passes: int = 1,  # Full forward passes it took
         loss: tuple[float, float] | None = None,  # Training loss before and after, if it was taken
         undone: str = '',  # Why the weights were put back; "" if they were not
-        loss_error: str = ''  # Why the loss was not taken although it was asked for
+        loss_note: str = ''  # What is to be said of the loss, or why it was not taken
     ):
         self.rows,self.order,self.n_passes = tuple(rows),order,n_passes
-        self.loss,self.undone,self.loss_error = loss,undone,loss_error
+        self.loss,self.undone,self.loss_note = loss,undone,loss_note
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
@@ -104,7 +104,7 @@ class LSUVReport:
         if not self.order: return f"{counted(len(self), 'layer')}, std within 0.1 of 1 in {done}{rest}"
         target = 'std' if 'std' in self.order else 'mean'
         loss = f", training loss {number(self.loss[0])} before and {number(self.loss[1])} after" if self.loss else ''
-        if self.loss_error: loss = f", training loss not taken ({self.loss_error})"
+        if self.loss_note: loss += f"{'' if loss else ', training loss not taken'} ({self.loss_note})"
         return (f"LSUV {self.order!r}: {done} of {counted(len(self), 'layer')} at the target {target}{rest}, "
                 f"{counted(self.n_passes, 'forward pass', 'forward passes')}{loss}")
 

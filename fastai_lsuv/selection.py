@@ -1,7 +1,7 @@
 """Which modules are units: `select_modules` reads the `modules` argument, `find_units` makes the units of a model.
 
-`measurable` refuses what hooks or LSUV cannot handle. `find_units` also decides which units are left alone: a weight that a
-module outside of the units holds too is tied."""
+`measurable` refuses what hooks or LSUV cannot handle. `find_units` also decides which units are left alone: a weight
+that a module outside of the units holds too is tied."""
 from __future__ import annotations
 
 from fnmatch import fnmatchcase

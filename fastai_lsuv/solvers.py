@@ -32,12 +32,12 @@ def measure(
     u: Unit,
     x: Tensor,  # Its output
     by_channel: bool,  # Whether channels matter, or the whole is enough
-    norm: float = 1.  # What a norm layer before it has told: see `Evidence.norm`
+    **told: Any  # What else the moments rest on, by the names of `Evidence`
 ) -> Moments:
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
         m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
-    return pool_ranks(replace(m, evidence=replace(m.evidence, norm=norm)))
+    return pool_ranks(replace(m, evidence=replace(m.evidence, **told)))
 
 
 def biases(u: Unit) -> np.ndarray:
@@ -133,8 +133,9 @@ class RunAgainMeter:
     def stats(self) -> tuple[np.ndarray, np.ndarray]:
         if self.stale:
             self.out = self.solver.run()
-            seen = self.unit.seen
-            self.moments = measure(self.unit, first_tensor(self.out), seen.by_channel, seen.moments[-1].evidence.norm)
+            e = self.first[0].evidence
+            told = dict(spread=e.spread, normed=e.normed, alike=e.alike)
+            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.by_channel, **told)
             self.stale = False
         return self.moments.stats(self.unit.target.per_channel)
 

@@ -1,4 +1,6 @@
-"""The report as a table: `Table` chooses the columns and folds long runs of rows that came out alike, `text` and `html` write it."""
+"""The report as a table.
+
+`Table` chooses the columns, and folds long runs of rows that came out alike. `text` and `html` write it."""
 from __future__ import annotations
 
 from collections import Counter

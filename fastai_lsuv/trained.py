@@ -71,8 +71,8 @@ class CallbackOnNewWeights(Callback):
         if name == 'learn' and value is not None:
             other = next((cb for cb in value.cbs if type(cb) is type(self) and cb is not self), None)
             if other is not None:
-                raise ValueError(f"cbs: got a second {type(self).__name__}; the Learner has {other!r} already. Keep one: "
-                                 f"`learn.remove_cb(learn.{self.name})` takes it away")
+                raise ValueError(f"cbs: got a second {type(self).__name__}; the Learner has {other!r} already. Keep "
+                                 f"one: `learn.remove_cb(learn.{self.name})` takes it away")
         super().__setattr__(name, value)
         if name == 'learn' and value is not None: self.known.note(parameters(value.model))
 

@@ -37,6 +37,7 @@ class Status(str, Enum):
     UNRESPONSIVE = 'unresponsive'
     ALIKE = 'alike'
     OUTLIER = 'outlier'
+    FAINT = 'faint'
     NOT_CALLED = 'not called'
     NON_FINITE = 'non-finite'
     UNDONE = 'undone'
@@ -181,7 +182,7 @@ class Unit:
         "Why the unit is not to be corrected from these moments, or \"\"."
         _,std = m.stats(self.target.per_channel)
         needed = float(np.median(self.target.std/std[std > 0])) if np.any(std > 0) else 1.
-        return doubt(m.evidence, needed if self.target.scales else 1.)
+        return doubt(m, needed if self.target.scales else 1., self.weights[0].size if self.weights else lambda: 1.)
 
     def scaled(self, by: np.ndarray | float) -> None:
         "Note that the weight was multiplied by `by`."
@@ -205,7 +206,7 @@ class Unit:
         m = self.judged()
         if not m.finite(): return Status.NON_FINITE
         if not varies(m): return Status.CONSTANT
-        why = self.left_alone or (self.reason if self.reason == 'tied' else '') or doubt(m.evidence, 1.)
+        why = self.left_alone or (self.reason if self.reason == 'tied' else '') or doubt(m, 1.)
         if why: return Status(why)
         if not self.met(m): return Status(self.reason) if self.reason in ('unresponsive', *Doubt) else Status.OFF
         mean,_ = m.stats(self.target.per_channel)

@@ -96,6 +96,13 @@ class WeightRef:
         if self.has_setter: setattr(self.owner, self.name, value)
         else: self.tensor.data.copy_(value)
 
+    def size(self) -> float:
+        "Root mean square of the weight's singular values, which are 1 in an orthonormal weight; 1 if it is no matrix."
+        w = self.tensor
+        if w is None or w.dim() < 2: return 1.
+        rows,cols = len(w), w[0].numel()
+        return torch.linalg.vector_norm(w.detach().float()).item()/min(rows, cols)**0.5
+
     @torch.no_grad()
     def mul(self, by: np.ndarray) -> None:
         to = self._by_channel(by)
@@ -171,8 +178,8 @@ class Parts:
 def parts_of(module: nn.Module) -> Parts:
     """What the output of `module` is made with.
 
-    A container has the parts of the first affine layer inside it, unless it has a `weight` or `bias` (a property, as the
-    lesson-11 `ConvLayer`'s `bias`) of its own."""
+    A container has the parts of the first affine layer inside it, unless it has a `weight` or `bias` of its own (a
+    property, as the lesson-11 `ConvLayer`'s `bias`)."""
     layer = _layer_of(module)
     if layer is None: return Parts(None, [], None, False, -1, False)
     weights,biases = _weights_of(layer),_own(layer, 'bias')
