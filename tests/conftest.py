@@ -13,7 +13,9 @@ settings.load_profile('tests')
 
 @pytest.fixture(autouse=True)
 def same_start():
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     torch.set_num_threads(1)  # the networks here are small, and two threads wait for each other
 
 

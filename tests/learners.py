@@ -81,8 +81,10 @@ def stds(learn, x=None):
 
 class Snapshots(Callback):
     "Takes `everything(learn)` in `before_fit`, just before LSUV or (`order` 10.6) just after."
-    def __init__(self, order=10.4, but=None): self.order,self.but,self.of = order,but or units_and_notes,[]
-    def before_fit(self): self.of.append(everything(self.learn, but=self.but(self.learn)))
+    def __init__(self, order=10.4, but=None):
+        self.order,self.but,self.of = order,but or units_and_notes,[]
+    def before_fit(self):
+        self.of.append(everything(self.learn, but=self.but(self.learn)))
 
 
 def notes(learn):
@@ -110,19 +112,24 @@ def disturbed(make):
 class Stop(Callback):
     "Ends the fit before anything is trained."
     order = 100
-    def before_train(self): raise CancelFitException
+    def before_train(self):
+        raise CancelFitException
 
 
 class Around(Callback):
     "Calls `f(learn)` in `before_fit`, just before LSUV (`order` 10.4) or just after it (10.6)."
-    def __init__(self, f, order=10.4): self.f,self.order = f,order
-    def before_fit(self): self.f(self.learn)
+    def __init__(self, f, order=10.4):
+        self.f,self.order = f,order
+    def before_fit(self):
+        self.f(self.learn)
 
 
 # --- every kind of Learner, as functions of its callbacks
 
 KINDS = {}
-def kind(f): KINDS[f.__name__] = f; return f
+def kind(f):
+    KINDS[f.__name__] = f
+    return f
 
 
 @kind
@@ -195,7 +202,8 @@ def body(pretrained=False):
     "A network that the vision factories cut before its pool."
     def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
     model = nn.Sequential(block(3, 8), block(8, 16), block(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    if pretrained: model.load_state_dict(pretrained_weights(model))
+    if pretrained:
+        model.load_state_dict(pretrained_weights(model))
     return model
 
 
@@ -241,29 +249,43 @@ def everything(*roots, but=()):
     out,seen,todo,but = {},{},[(type(r).__name__, r) for r in roots],{id(o) for o in but}
     while todo:
         path,v = todo.pop()
-        if isinstance(v, _LEAVES): out[path] = v; continue
-        if id(v) in seen: out[path] = 'as ' + seen[id(v)][0]; continue
+        if isinstance(v, _LEAVES):
+            out[path] = v
+            continue
+        if id(v) in seen:
+            out[path] = 'as ' + seen[id(v)][0]
+            continue
         seen[id(v)] = path,v  # keeps `v`, and so its id
         out[path] = f'{type(v).__name__} {id(v)}' if not isinstance(v, tuple) else 'tuple'
-        if isinstance(v, torch.Tensor): out[path] += f' {v.dtype} {v.shape} {v.requires_grad} {v.grad is not None}'
+        if isinstance(v, torch.Tensor):
+            out[path] += f' {v.dtype} {v.shape} {v.requires_grad} {v.grad is not None}'
         if id(v) in but: continue
         if isinstance(v, torch.Tensor):
             t = v.detach().as_subclass(torch.Tensor)
             out[path + ' bits'] = t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if v.numel() else b''
-        elif isinstance(v, np.ndarray): out[path + ' bits'] = repr(v.tolist())
-        elif isinstance(v, torch.Generator): out[path + ' state'] = v.get_state().numpy().tobytes()
-        elif isinstance(v, random.Random): out[path + ' state'] = v.getstate()
-        elif isinstance(v, np.random.Generator): out[path + ' state'] = repr(v.bit_generator.state)
-        elif isinstance(v, np.random.RandomState): out[path + ' state'] = repr(v.get_state())
+        elif isinstance(v, np.ndarray):
+            out[path + ' bits'] = repr(v.tolist())
+        elif isinstance(v, torch.Generator):
+            out[path + ' state'] = v.get_state().numpy().tobytes()
+        elif isinstance(v, random.Random):
+            out[path + ' state'] = v.getstate()
+        elif isinstance(v, np.random.Generator):
+            out[path + ' state'] = repr(v.bit_generator.state)
+        elif isinstance(v, np.random.RandomState):
+            out[path + ' state'] = repr(v.get_state())
         elif isinstance(v, dict):
             out[path + ' keys'] = [k if isinstance(k, _LEAVES) else id(k) for k in v]
             todo += [(f'{path}[{k if isinstance(k, _LEAVES) else id(k)}]', o) for k, o in v.items()]
         elif isinstance(v, (list, tuple, deque)):
             out[path + ' len'] = len(v)
             todo += [(f'{path}[{i}]', o) for i, o in enumerate(v)]
-        elif isinstance(v, (set, frozenset)): out[path + ' items'] = {o if isinstance(o, _LEAVES) else id(o) for o in v}
-        elif isinstance(v, MethodType): out[path] = v.__func__; todo.append((path + '.__self__', v.__self__))
-        elif isinstance(v, (weakref.ref, weakref.WeakSet)) or type(v).__module__.split('.')[0] == 'pandas': pass
+        elif isinstance(v, (set, frozenset)):
+            out[path + ' items'] = {o if isinstance(o, _LEAVES) else id(o) for o in v}
+        elif isinstance(v, MethodType):
+            out[path] = v.__func__
+            todo.append((path + '.__self__', v.__self__))
+        elif isinstance(v, (weakref.ref, weakref.WeakSet)) or type(v).__module__.split('.')[0] == 'pandas':
+            pass
         elif hasattr(v, '__dict__'):
             out[path + ' attributes'] = sorted(vars(v))
             todo += [(f'{path}.{k}', o) for k, o in vars(v).items()]

@@ -62,7 +62,8 @@ def _vgg(name: str, widths: list):
     def _():
         from torchvision.models.vgg import make_layers
         features = make_layers(widths, batch_norm='bn' in name)
-        with torch.device('meta'): model = tv().VGG(features, init_weights=False)  # 500 MB that are thrown away
+        with torch.device('meta'):
+            model = tv().VGG(features, init_weights=False)  # 500 MB that are thrown away
         return narrow_classifier(model), images(8)
 
 
@@ -79,7 +80,8 @@ def tv():
 def narrow_classifier(model, width: int = 64):
     "The same layers with fewer units: `model.classifier` holds nine tenths of the weights."
     linear = [k for k, m in enumerate(model.classifier) if isinstance(m, nn.Linear)]
-    for k, i, o in zip(linear, (model.classifier[linear[0]].in_features, width, width), (width, width, 10)): model.classifier[k] = nn.Linear(i, o)
+    for k, i, o in zip(linear, (model.classifier[linear[0]].in_features, width, width), (width, width, 10)):
+        model.classifier[k] = nn.Linear(i, o)
     return model
 
 
@@ -115,7 +117,8 @@ def _timm(name: str, n: int = 8, size: int = 64, statuses: dict[str, str] | None
     NETWORKS[f'timm/{name}'] = Network(f'timm/{name}', make, statuses or {})
 
 
-for _name in ['resnet26', 'efficientnet_lite0', 'tf_efficientnet_b0', 'regnetz_b16', 'repvgg_a0', 'ghostnet_100', 'xception41', 'poolformer_s12', 'convnextv2_atto']: _timm(_name)
+for _name in ['resnet26', 'efficientnet_lite0', 'tf_efficientnet_b0', 'regnetz_b16', 'repvgg_a0', 'ghostnet_100', 'xception41', 'poolformer_s12', 'convnextv2_atto']:
+    _timm(_name)
 _timm('vit_tiny_patch16_224', img_size=64, depth=4)
 _timm('deit3_small_patch16_224', img_size=64, depth=3, embed_dim=96, num_heads=3)
 _timm('cait_xxs24_224', img_size=64, depth=4)
@@ -221,14 +224,16 @@ class Mod(nn.Module):
     def __init__(self, forward: Callable, **children):
         super().__init__()
         self.f = forward
-        for k, m in children.items(): setattr(self, k, m)
+        for k, m in children.items():
+            setattr(self, k, m)
     def forward(self, *args, **kwargs): return self.f(self, *args, **kwargs)
 
 
 def cnn(*widths: int, act=nn.ReLU, conv=nn.Conv2d, **kwargs):
     "Convolutions 3x3 of these widths, each but the last with an activation."
     layers = []
-    for i, o in zip(widths, widths[1:]): layers += [conv(i, o, 3, padding=1, **kwargs), act()]
+    for i, o in zip(widths, widths[1:]):
+        layers += [conv(i, o, 3, padding=1, **kwargs), act()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -244,7 +249,8 @@ def _(): return cnn(3, 16, 32, 32, act=lambda: nn.ReLU(inplace=True)), images(16
 def _():
     layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 32, 3)]
     def forward(self, x):
-        for l in reversed(self.layers): x = F.relu(l(x))
+        for l in reversed(self.layers):
+            x = F.relu(l(x))
         return self.head(x.mean((2, 3)))
     return Mod(forward, head=nn.Linear(32, 10), layers=nn.ModuleList(layers[::-1])), images(16, 16)
 
@@ -267,7 +273,8 @@ def _():
 def _():
     def forward(self, x):
         p = [F.relu(self.stem(x))]
-        for d in self.down: p.append(F.relu(d(p[-1])))
+        for d in self.down:
+            p.append(F.relu(d(p[-1])))
         return [self.head(o) for o in p]
     return Mod(forward, stem=nn.Conv2d(3, 16, 3), down=nn.ModuleList([nn.Conv2d(16, 16, 3, stride=2) for _ in range(2)]), head=nn.Conv2d(16, 4, 3)), images(16, 32)
 
@@ -276,7 +283,8 @@ def _():
 def _():
     def forward(self, x):
         x = F.relu(self.stem(x))
-        for _ in range(4): x = F.relu(self.cell(x))
+        for _ in range(4):
+            x = F.relu(self.cell(x))
         return self.head(x.mean((2, 3)))
     return Mod(forward, stem=nn.Conv2d(3, 16, 3), cell=nn.Conv2d(16, 16, 3, padding=1), head=nn.Linear(16, 10)), images(16, 16)
 
@@ -285,7 +293,8 @@ def _():
 def _():
     def forward(self, x):
         x = self.stem(x)
-        for _ in range(4): x = x + self.out(F.gelu(self.into(x)))
+        for _ in range(4):
+            x = x + self.out(F.gelu(self.into(x)))
         return self.head(x)
     return Mod(forward, stem=nn.Linear(8, 32), into=nn.Linear(32, 64), out=nn.Linear(64, 32), head=nn.Linear(32, 4)), torch.randn(128, 8)
 
@@ -294,7 +303,8 @@ def _():
 def _():
     def forward(self, x):
         h = x.new_zeros(len(x), 32)
-        for t in range(x.shape[1]): h = torch.tanh(self.i(x[:, t]) + self.h(h))
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.i(x[:, t]) + self.h(h))
         return self.o(h)
     return Mod(forward, i=nn.Linear(8, 32), h=nn.Linear(32, 32), o=nn.Linear(32, 4)), torch.randn(64, 12, 8)
 
@@ -335,7 +345,8 @@ def _():
 def _():
     from torch.nn.utils.prune import l1_unstructured
     m = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
-    for l in (m[0], m[2]): l1_unstructured(l, 'weight', amount=0.5)
+    for l in (m[0], m[2]):
+        l1_unstructured(l, 'weight', amount=0.5)
     return m, torch.randn(64, 16)
 
 
@@ -380,7 +391,8 @@ def _():
 @network('hand/zero_initialized', **{'2': 'constant'})
 def _():
     m = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    for p in m[2].parameters(): nn.init.zeros_(p)
+    for p in m[2].parameters():
+        nn.init.zeros_(p)
     return m, torch.randn(64, 8)
 
 
@@ -429,7 +441,8 @@ def _(): return torch.compile(cnn(3, 16, 16, 8)), images(16, 16)
 @network('hand/frozen', **{'0': 'frozen'})
 def _():
     m = cnn(3, 16, 16, 8)
-    for p in m[0].parameters(): p.requires_grad_(False)
+    for p in m[0].parameters():
+        p.requires_grad_(False)
     return m, images(16, 16)
 
 

@@ -28,7 +28,9 @@ def batch(): return torch.stack([x for x, _ in images()])*2 + 0.5
 
 
 CASES = {}
-def case(f): CASES[f.__name__] = f; return f
+def case(f):
+    CASES[f.__name__] = f
+    return f
 
 
 @case
@@ -80,22 +82,26 @@ def channels_last(rank):
 def bad_batch(rank):
     "NaNs on one rank end both."
     x = batch().chunk(2)[rank]
-    if rank: x = x*float('nan')
+    if rank:
+        x = x*float('nan')
     m = model()
     w = weights(m)
-    try: lsuv_init(m, x)
+    try:
+        lsuv_init(m, x)
     except (ValueError, RuntimeError) as e: return str(e), same(w, weights(m))
 
 
 class Seen(Callback):
     "Notes the mini-batches that are drawn: the index in the data set rides in the first pixel."
     order,indices = 200,[]
-    def before_batch(self): Seen.indices.append(self.x[:, 0, 0, 0].long().tolist())
+    def before_batch(self):
+        Seen.indices.append(self.x[:, 0, 0, 0].long().tolist())
 
 
 def numbered():
     items = images()
-    for i, (x, _) in enumerate(items): x[0, 0, 0] = i
+    for i, (x, _) in enumerate(items):
+        x[0, 0, 0] = i
     return items
 
 
@@ -127,7 +133,8 @@ def one_batch_each(rank):
 def one_was_loaded(rank):
     "What one rank must not touch, none does."
     learn = learner(model=cnn(), cbs=LSUVCallback())
-    if rank == 0: learn.model.load_state_dict(cnn().state_dict())
+    if rank == 0:
+        learn.model.load_state_dict(cnn().state_dict())
     w = weights(learn.model)
     learn.fit(1, cbs=Stop())
     return same(w, weights(learn.model)), said(learn)
@@ -143,7 +150,8 @@ def one_fails_to_load(rank):
             return items[i]
     learn = learner(loaders(Data()), model(), cbs=LSUVCallback())
     w = weights(learn.model)
-    try: learn.fit(1)
+    try:
+        learn.fit(1)
     except (OSError, RuntimeError) as e: return str(e), same(w, weights(learn.model))
 
 
@@ -155,10 +163,12 @@ def distrib_ctx(rank):
     set_seed(rank)
     learn = learner(loaders(numbered()), model(), seed=rank, cbs=[LSUVCallback()])
     seen = []
-    def see(learn): seen.append(weights(learn.model))
+    def see(learn):
+        seen.append(weights(learn.model))
     with learn.distrib_ctx(sync_bn=False, cpu=True):
         learn.fit(1, 1e-2, cbs=[Around(see, 10.6), Seen()])
-    with learn.no_bar(): learn.fit(1, 1e-2, cbs=Around(see, 10.6))
+    with learn.no_bar():
+        learn.fit(1, 1e-2, cbs=Around(see, 10.6))
     return seen, Seen.indices, said(learn)
 
 
@@ -175,4 +185,5 @@ def main(name, rank, folder):
     dist.destroy_process_group()
 
 
-if __name__ == '__main__': main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+if __name__ == '__main__':
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -23,12 +23,14 @@ class Stats:
         self.hook = m.register_forward_hook(self)
     def __call__(self, m, args, out):
         out = out.detach()
-        if not self.per_channel: self.mean,self.std = out.mean(),out.std()
+        if not self.per_channel:
+            self.mean,self.std = out.mean(),out.std()
         else:
             dim = out.dim() - 1 if not isinstance(m, _ConvNd) else 1
             rest = [d for d in range(out.dim()) if d != dim]
             self.mean,self.std = out.mean(rest),out.std(rest)
-    def remove(self): self.hook.remove()
+    def remove(self):
+        self.hook.remove()
 
 
 def execution_order(model, batch, modules):
@@ -36,7 +38,8 @@ def execution_order(model, batch, modules):
     ran = []
     hooks = [m.register_forward_hook(lambda m, args, out: ran.append(m)) for m in model.modules() if isinstance(m, modules)]
     model(*batch)
-    for h in hooks: h.remove()
+    for h in hooks:
+        h.remove()
     return list(dict.fromkeys(ran))
 
 
@@ -66,9 +69,12 @@ def reference_init(model, *batch, order='std mean', modules=(_ConvNd, nn.Linear,
                 if not (torch.as_tensor(off_mean).any() or torch.as_tensor(off_std).any()): break
                 if 'std' in words and not (h.std > 0).all(): raise NoEnd(f'{type(m).__name__}: its output does not vary')
                 # Both were measured before either is corrected, and one that is within tolerance is left alone.
-                if torch.as_tensor(off_mean).any(): m.bias -= torch.where(off_mean, h.mean - mean, 0.)
-                if torch.as_tensor(off_std).any(): m.weight.data /= per_weight(torch.where(off_std, h.std/target, 1.), m)
-            else: raise NoEnd(f'{type(m).__name__}: the {loop} loop does not end')
+                if torch.as_tensor(off_mean).any():
+                    m.bias -= torch.where(off_mean, h.mean - mean, 0.)
+                if torch.as_tensor(off_std).any():
+                    m.weight.data /= per_weight(torch.where(off_std, h.std/target, 1.), m)
+            else:
+                raise NoEnd(f'{type(m).__name__}: the {loop} loop does not end')
         h.remove()
     pairs = {}
     hooks = [Stats(m, False) for m in layers]

@@ -16,7 +16,8 @@ from fastai_lsuv.batches import model_inputs, no_trace
 def batches(learn, n=3, min_samples=1):
     "The first mini-batches that LSUV would see, and what it says about them."
     lines = []
-    with no_trace(learn): return [next(b) for b in [model_inputs(learn, min_samples, lines.append)] for _ in range(n)], lines
+    with no_trace(learn):
+        return [next(b) for b in [model_inputs(learn, min_samples, lines.append)] for _ in range(n)], lines
 
 
 # --- options
@@ -51,9 +52,11 @@ def test_lsuv_init_inside_a_fit():
 @pytest.mark.parametrize('options,message', [(dict(min_samples=0), 'min_samples'), (dict(min_samples=True), 'min_samples'), (dict(order='std men'), 'men'), (dict(tol=-1), 'tol'),
                                              (dict(max_iter=0), 'max_iter'), (dict(preinit='kaiming'), 'preinit')])
 def test_options_are_checked_when_given(options, message):
-    with pytest.raises(ValueError, match=message): LSUVCallback(**options)
+    with pytest.raises(ValueError, match=message):
+        LSUVCallback(**options)
     learn = learner(cbs=LSUVCallback())
-    with pytest.raises(ValueError, match=message): learn.lsuv_init(**options)
+    with pytest.raises(ValueError, match=message):
+        learn.lsuv_init(**options)
 
 
 def test_the_same_weights_as_lsuv_init():
@@ -111,34 +114,41 @@ def test_what_cannot_be_counted_is_used_as_it_is():
 def test_no_batch():
     learn = learner(loaders(images(3), bs=16, drop_last=True), cbs=LSUVCallback())
     w = weights(learn.model)
-    with pytest.raises(ValueError, match='yields no mini-batch'): learn.lsuv_init()
+    with pytest.raises(ValueError, match='yields no mini-batch'):
+        learn.lsuv_init()
     assert same(weights(learn.model), w) and learn.lsuv.report is None
 
 
 def test_a_stream_that_does_not_begin_again():
     items = images(24)
     class Stream:
-        def __init__(self): self.it = iter([(torch.stack([x for x, _ in items[i:i+8]]), torch.stack([y for _, y in items[i:i+8]])) for i in (0, 8, 16)])
+        def __init__(self):
+            self.it = iter([(torch.stack([x for x, _ in items[i:i+8]]), torch.stack([y for _, y in items[i:i+8]])) for i in (0, 8, 16)])
         def __iter__(self): return self.it
     learn = learner(DataLoaders(Stream(), Stream()))
-    with no_trace(learn): assert [len(x) for x, in model_inputs(learn, 16, print)] == [16]
+    with no_trace(learn):
+        assert [len(x) for x, in model_inputs(learn, 16, print)] == [16]
 
 
 def test_nans_in_a_batch_stop_the_fit_and_change_nothing():
     learn = learner(loaders([(x*float('nan'), y) for x, y in images(16)]), cbs=LSUVCallback())
     w = weights(learn.model)
-    with pytest.raises(ValueError, match='NaN'): learn.fit(1)
+    with pytest.raises(ValueError, match='NaN'):
+        learn.fit(1)
     assert same(weights(learn.model), w)
 
 
 def test_a_loader_with_workers_starts_none():
     learn = learner(torch_loaders(num_workers=2, prefetch_factor=3, timeout=60))
     class No:
-        def __init__(self, *args): raise AssertionError('a worker was started')
+        def __init__(self, *args):
+            raise AssertionError('a worker was started')
     import torch.utils.data.dataloader as module
     was,module._MultiProcessingDataLoaderIter = module._MultiProcessingDataLoaderIter,No
-    try: assert len(batches(learn, 5)[0]) == 5
-    finally: module._MultiProcessingDataLoaderIter = was
+    try:
+        assert len(batches(learn, 5)[0]) == 5
+    finally:
+        module._MultiProcessingDataLoaderIter = was
     assert learn.dls.train.num_workers == 2 and learn.dls.train.timeout == 60
 
 
@@ -149,7 +159,8 @@ def test_without_recorder_and_default_callbacks():
     learn = Learner(loaders(), cnn(), loss_func=CrossEntropyLossFlat(), cbs=LSUVCallback(), default_cbs=False)
     learn.lines = []
     learn.logger = learn.lines.append
-    learn.fit(1); learn.fit(1)
+    learn.fit(1)
+    learn.fit(1)
     assert learn.lsuv.report.ok and len(said(learn)) == 2
 
 
@@ -185,7 +196,8 @@ def test_lazy_layers():
 
 def test_removed_and_added_again():
     learn = learner(cbs=LSUVCallback())
-    with learn.removed_cbs(learn.lsuv): learn.model.load_state_dict(cnn().state_dict())
+    with learn.removed_cbs(learn.lsuv):
+        learn.model.load_state_dict(cnn().state_dict())
     learn.fit(1)
     assert 'its weights were loaded' in said(learn)[0]
 
@@ -195,13 +207,19 @@ def test_removed_and_added_again():
 class Bar:
     "Stands in for fastprogress's."
     made = []
-    def __init__(self, gen, leave): self.total,self.leave,self.seen,self.last_v = len(gen),leave,[],None; Bar.made.append(self)
+    def __init__(self, gen, leave):
+        self.total,self.leave,self.seen,self.last_v = len(gen),leave,[],None
+        Bar.made.append(self)
     def update(self, v):
-        if not self.seen: assert v == 0, "fastprogress needs a start"
+        if not self.seen:
+            assert v == 0, "fastprogress needs a start"
         self.last_v = None if v >= self.total else v
         self.seen.append(v)
-        if self.last_v is None: self.on_iter_end()
-    def on_iter_end(self): self.seen.append('end'); self.last_v = None
+        if self.last_v is None:
+            self.on_iter_end()
+    def on_iter_end(self):
+        self.seen.append('end')
+        self.last_v = None
 
 
 @pytest.fixture
@@ -234,7 +252,8 @@ def test_no_bar_for_a_short_pass(bars, monkeypatch):
 @pytest.mark.parametrize('without', ['no_logging', 'no_mbar', 'no_bar'])
 def test_no_bar_where_none_is_wanted(bars, without):
     learn = with_progress(cbs=LSUVCallback())
-    with getattr(learn, without)(): learn.lsuv_init()
+    with getattr(learn, without)():
+        learn.lsuv_init()
     assert bars == [] and bool(said(learn)) == (without != 'no_logging')
 
 
@@ -242,9 +261,11 @@ def test_no_bar_is_left_behind(bars):
     "By a pass that fails, nor by one that does not call every layer."
     learn = with_progress(cbs=LSUVCallback())
     hook = learn.model[4].register_forward_hook(lambda *_: 1/0)
-    with pytest.raises(ZeroDivisionError): learn.lsuv_init()
+    with pytest.raises(ZeroDivisionError):
+        learn.lsuv_init()
     assert [b.seen for b in bars] == [[0, 1, 2, 'end']]
-    hook.remove(); bars.clear()
+    hook.remove()
+    bars.clear()
     learn.model.unused = nn.Linear(2, 2)
     learn.model.forward = lambda x: nn.Sequential(*list(learn.model)[:-1])(x)
     learn.lsuv_init()

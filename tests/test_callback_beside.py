@@ -39,10 +39,12 @@ def test_recurrent_state_is_reset_for_training():
 class EMA(Callback):
     "As fastxtend's: averages the weights in a copy of the model that it makes in `before_fit`."
     order = 11
-    def before_fit(self): self.copy = deepcopy(self.model)
+    def before_fit(self):
+        self.copy = deepcopy(self.model)
     def after_batch(self):
         if self.training:
-            for p, q in zip(self.model.parameters(), self.copy.parameters()): q.data.lerp_(p.data, 0.1)
+            for p, q in zip(self.model.parameters(), self.copy.parameters()):
+                q.data.lerp_(p.data, 0.1)
 
 
 def test_an_average_starts_from_the_lsuv_weights():
@@ -90,7 +92,8 @@ def test_hooks_that_change_nothing_cost_no_second_run(hooked):
 
 def test_statistics_of_others_begin_with_training():
     with_it,without = learner(cbs=[ActivationStats(), LSUVCallback()]),learner(cbs=ActivationStats())
-    for learn in with_it,without: learn.fit(1)
+    for learn in with_it,without:
+        learn.fit(1)
     assert len(with_it.activation_stats.stats) == len(without.activation_stats.stats)
 
 
@@ -98,9 +101,12 @@ def test_statistics_of_others_begin_with_training():
 
 class Twice(Callback):
     "Doubles the input."
-    def __init__(self, order=0): self.order = order
-    def before_fit(self): self.by = 2.
-    def before_batch(self): self.learn.xb = (self.x*self.by,)
+    def __init__(self, order=0):
+        self.order = order
+    def before_fit(self):
+        self.by = 2.
+    def before_batch(self):
+        self.learn.xb = (self.x*self.by,)
 
 
 def scale_seen(*cbs, **kwargs):
@@ -121,30 +127,39 @@ def test_callbacks_change_the_input(cb, outside):
     assert scale_seen() == pytest.approx(1, abs=0.05)
 
 
-def double(self): self.learn.xb = (self.x*2,)
+def double(self):
+    self.learn.xb = (self.x*2,)
 
 
 class Autocast(Callback):
     "Mixed precision on the CPU, as fastai's on CUDA: entered before a batch, left after the loss."
     order = MixedPrecision.order
-    def before_batch(self): self.autocast = torch.autocast('cpu', dtype=torch.bfloat16); self.autocast.__enter__()
-    def after_pred(self): self.learn.pred = self.pred.float()
-    def after_loss(self): self.autocast.__exit__(None, None, None)
+    def before_batch(self):
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+        self.autocast.__enter__()
+    def after_pred(self):
+        self.learn.pred = self.pred.float()
+    def after_loss(self):
+        self.autocast.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize('outside', [False, True])
 def test_in_the_autocast_that_a_callback_enters(outside):
     dtypes,loading = [],[]
     class Data:
-        def __init__(self): self.items = images()
+        def __init__(self):
+            self.items = images()
         def __len__(self): return 64
         def __getitem__(self, i):
-            if isinstance(i, int): loading.append(torch.is_autocast_enabled('cpu'))
+            if isinstance(i, int):
+                loading.append(torch.is_autocast_enabled('cpu'))
             return self.items[i]
     learn = learner(loaders(Data()), cbs=[LSUVCallback(), Autocast()])
     learn.model[3].register_forward_hook(lambda m, i, o: dtypes.append(o.dtype))
-    if outside: learn.lsuv_init()
-    else: learn.fit(1, cbs=Stop())
+    if outside:
+        learn.lsuv_init()
+    else:
+        learn.fit(1, cbs=Stop())
     assert set(dtypes) == {torch.bfloat16} and not any(loading) and learn.lsuv.report.ok
     assert not torch.is_autocast_enabled('cpu') and torch.autocast_decrement_nesting() == -1 and torch.autocast_increment_nesting() == 0
     assert disturbed(lambda cbs: learner(cbs=[*cbs, Autocast()])) == []
@@ -154,13 +169,16 @@ def test_in_the_autocast_that_a_callback_enters(outside):
 
 class AutocastAll(Callback):
     "Entered for a whole epoch."
-    def before_train(self): torch.autocast('cpu', dtype=torch.bfloat16).__enter__()
-    def before_batch(self): assert torch.is_autocast_enabled('cpu')
+    def before_train(self):
+        torch.autocast('cpu', dtype=torch.bfloat16).__enter__()
+    def before_batch(self):
+        assert torch.is_autocast_enabled('cpu')
 
 
 def test_autocast_that_is_entered_before_the_batches():
     assert disturbed(lambda cbs: learner(cbs=[*cbs, AutocastAll()])) == []
-    while torch.autocast_decrement_nesting() > 0: pass  # the callback leaves none of it
+    while torch.autocast_decrement_nesting() > 0:
+        pass  # the callback leaves none of it
     torch.set_autocast_enabled('cpu', False)
 
 
@@ -168,10 +186,14 @@ def test_autocast_that_is_entered_before_the_batches():
 
 class Cancels(Callback):
     run_valid,order = False,55  # after Recorder, which needs to be told of each epoch
-    def __init__(self, event, error, times=10**6): self.event,self.error,self.times = event,error,times
-    def before_epoch(self): self._at('before_epoch')
-    def before_train(self): self._at('before_train')
-    def before_batch(self): self._at('before_batch')
+    def __init__(self, event, error, times=10**6):
+        self.event,self.error,self.times = event,error,times
+    def before_epoch(self):
+        self._at('before_epoch')
+    def before_train(self):
+        self._at('before_train')
+    def before_batch(self):
+        self._at('before_batch')
     def _at(self, event):
         if event == self.event and self.times > 0:
             self.times -= 1
@@ -192,13 +214,15 @@ def test_where_nothing_is_trained_nothing_is_initialized(event, error):
     learn.fit(1)
     assert same(weights(learn.model), w) and learn.lsuv.report is None
     assert said(learn) == ['LSUV left the model as it is: the training DataLoader yields no mini-batch, or callbacks cancel them all.']
-    with pytest.raises(ValueError, match='yields no mini-batch'): learn.lsuv_init()
+    with pytest.raises(ValueError, match='yields no mini-batch'):
+        learn.lsuv_init()
 
 
 def test_a_cancelled_pass_cancels_the_fit():
     "A hook of the user's that ends the fit ends it, and the weights are as they were."
     learn = learner(cbs=LSUVCallback())
-    def stop(*_): raise CancelFitException
+    def stop(*_):
+        raise CancelFitException
     learn.model[-1].register_forward_hook(stop)
     w = weights(learn.model)
     learn.fit(1)

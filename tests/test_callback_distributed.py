@@ -20,9 +20,11 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
     command = [sys.executable, '-W', 'ignore', str(Path(ranks.__file__)), 'all']
     processes = [subprocess.Popen([*command, str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(ranks.__file__).parent) for rank in range(2)]
-    try: said = [p.communicate(timeout=240)[0] for p in processes]
+    try:
+        said = [p.communicate(timeout=240)[0] for p in processes]
     finally:
-        for p in processes: p.kill()
+        for p in processes:
+            p.kill()
     def results(name):
         assert all((folder/f'{name}-{rank}.pt').exists() for rank in range(2)), '\n'.join(said)
         return [torch.load(folder/f'{name}-{rank}.pt', weights_only=False) for rank in range(2)]
@@ -40,7 +42,8 @@ def on_one_process(xb, **kwargs):
 def test_as_of_the_pooled_mini_batch_on_one_process(run, case, options):
     a,b = run(case)
     assert same(a, b)
-    for p, q in zip(a, on_one_process(ranks.batch(), **options)): assert torch.allclose(p, q, rtol=1e-4, atol=1e-5)
+    for p, q in zip(a, on_one_process(ranks.batch(), **options)):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-5)
 
 
 def test_a_bad_batch_on_one_rank_ends_both(run):
@@ -58,7 +61,8 @@ def test_ranks_draw_different_batches(run, case):
     (a,drawn_a,lines_a),(b,drawn_b,lines_b) = run(case)
     assert same(a, b) and len(lines_a) == 1 and lines_b == []
     assert len(drawn_a) == len(drawn_b) >= 2
-    for x, y in zip(drawn_a, drawn_b): assert len(x) == 16 and not set(x) & set(y)  # of the same epoch
+    for x, y in zip(drawn_a, drawn_b):
+        assert len(x) == 16 and not set(x) & set(y)  # of the same epoch
 
 
 def test_fewer_batches_than_ranks(run):

@@ -40,21 +40,27 @@ class Restless(Callback):
     "A callback with state of every sort, all of which moves in `before_batch`."
     def __init__(self):
         self.n,self.total,self.list,self.nested,self.rng,self.numpy,self.helper = 0,torch.zeros(2),[],{'a': [1]},random.Random(0),np.random.default_rng(0),Helper()
-    def before_epoch(self): self.list.append('epoch')
-    def before_train(self): self.nested['a'].append('train')
+    def before_epoch(self):
+        self.list.append('epoch')
+    def before_train(self):
+        self.nested['a'].append('train')
     def before_batch(self):
         self.n += 1
         self.total += 1  # in place
-        self.list.append(self.rng.random()); self.nested['a'].append(self.numpy.random()); self.helper.seen.append(1)
+        self.list.append(self.rng.random())
+        self.nested['a'].append(self.numpy.random())
+        self.helper.seen.append(1)
         self.learn.xb = (self.x*2,)
         self.learn.seen_by_restless = self.n
 
 
 class Helper:
-    def __init__(self): self.seen = []
+    def __init__(self):
+        self.seen = []
 
 
-def test_state_of_other_callbacks(): assert disturbed(lambda cbs: learner(cbs=[*cbs, Restless()])) == []
+def test_state_of_other_callbacks():
+    assert disturbed(lambda cbs: learner(cbs=[*cbs, Restless()])) == []
 
 
 def test_recurrent_state_of_a_running_model():
@@ -78,9 +84,12 @@ def test_what_others_hooks_saw():
 
 class Hooking(Callback):
     "Attaches a hook in each event, as a recorder would."
-    def before_train(self): self.handles = [self.model[0].register_forward_hook(self.see)]
-    def before_batch(self): self.handles.append(self.model[3].register_forward_pre_hook(self.see))
-    def see(self, *args): self.saw = args
+    def before_train(self):
+        self.handles = [self.model[0].register_forward_hook(self.see)]
+    def before_batch(self):
+        self.handles.append(self.model[3].register_forward_pre_hook(self.see))
+    def see(self, *args):
+        self.saw = args
 
 
 def test_hooks_that_callbacks_attach():
@@ -90,7 +99,9 @@ def test_hooks_that_callbacks_attach():
 def test_nothing_is_kept_of_the_batches():
     alive = []
     class Seen(nn.Module):
-        def forward(self, x): alive.append(weakref.ref(x)); return x*1
+        def forward(self, x):
+            alive.append(weakref.ref(x))
+            return x*1
     learn = learner(model=nn.Sequential(Seen(), *cnn()), cbs=LSUVCallback())
     learn.lsuv_init()
     gc.collect()
@@ -99,7 +110,8 @@ def test_nothing_is_kept_of_the_batches():
 
 class Items:
     "A dataset with randomness and state of its own."
-    def __init__(self): self.items,self.torch,self.python,self.calls,self.last = images(), torch.Generator(), random.Random(0), Counter(), []
+    def __init__(self):
+        self.items,self.torch,self.python,self.calls,self.last = images(), torch.Generator(), random.Random(0), Counter(), []
     def __len__(self): return len(self.items)
     def __getitem__(self, i):
         if isinstance(i, slice): return self.items[i]
@@ -110,7 +122,8 @@ class Items:
 
 
 @pytest.mark.parametrize('make', [loaders, torch_loaders])
-def test_a_dataset_with_state(make): assert disturbed(lambda cbs: learner(make(Items()), cbs=cbs)) == []
+def test_a_dataset_with_state(make):
+    assert disturbed(lambda cbs: learner(make(Items()), cbs=cbs)) == []
 
 
 # --- randomness
@@ -118,9 +131,13 @@ def test_a_dataset_with_state(make): assert disturbed(lambda cbs: learner(make(I
 class Fed(Callback):
     "What the model is fed in training, with the states of the generators."
     order = 99
-    def __init__(self): self.seen = []
+    def __init__(self):
+        self.seen = []
     def before_batch(self):
-        if self.training: self.seen.append((self.x[0] if isinstance(self.x, tuple) else self.x).clone()); self.seen.append(torch.get_rng_state()); self.seen.append(torch.tensor([hash(random.getstate())]))
+        if self.training:
+            self.seen.append((self.x[0] if isinstance(self.x, tuple) else self.x).clone())
+            self.seen.append(torch.get_rng_state())
+            self.seen.append(torch.tensor([hash(random.getstate())]))
 
 
 def fed(make, cbs, **kwargs):
@@ -158,7 +175,8 @@ def test_the_same_with_workers(make):
     state = make.keywords['generator'].get_state() if isinstance(make, partial) else None
     results = []
     for cbs in [LSUVCallback()], []:
-        if state is not None: make.keywords['generator'].set_state(state)
+        if state is not None:
+            make.keywords['generator'].set_state(state)
         set_seed(2)
         results.append(fed(partial(with_workers, make=make), cbs))
     assert results[0][0].lsuv.report
@@ -195,7 +213,9 @@ def Trap():
 
 class TrapItem(RandTransform):
     split_idx = None
-    def __init__(self, trap, point): self.trap,self.point = trap,point; super().__init__()
+    def __init__(self, trap, point):
+        self.trap,self.point = trap,point
+        super().__init__()
     def encodes(self, x: torch.Tensor):
         self.last = torch.rand(1)
         self.trap(self.point)
@@ -204,20 +224,34 @@ class TrapItem(RandTransform):
 
 class TrapCallback(Callback):
     order = 20  # its `before_fit` is yet to run
-    def __init__(self, trap): self.trap = trap
-    def before_fit(self): self.n,self.counts = 0,torch.zeros(1)
-    def before_epoch(self): self.n += 1; self.trap('before_epoch')
-    def before_train(self): self.n += 1; self.trap('before_train')
+    def __init__(self, trap):
+        self.trap = trap
+    def before_fit(self):
+        self.n,self.counts = 0,torch.zeros(1)
+    def before_epoch(self):
+        self.n += 1
+        self.trap('before_epoch')
+    def before_train(self):
+        self.n += 1
+        self.trap('before_train')
     def before_batch(self):
-        self.n += 1; self.counts += 1
+        self.n += 1
+        self.counts += 1
         self.learn.xb = (self.x + 0.1*torch.rand(1),)
         self.trap('before_batch')
 
 
 class Traps(nn.Module):
     "Passes what it is given, after writing to a buffer and a list."
-    def __init__(self, trap, point): super().__init__(); self.trap,self.point,self.seen = trap,point,[]; self.register_buffer('n', torch.zeros(1))
-    def forward(self, x): self.n += 1; self.seen.append(1); self.trap(self.point); return x
+    def __init__(self, trap, point):
+        super().__init__()
+        self.trap,self.point,self.seen = trap,point,[]
+        self.register_buffer('n', torch.zeros(1))
+    def forward(self, x):
+        self.n += 1
+        self.seen.append(1)
+        self.trap(self.point)
+        return x
 
 
 class Standardized(nn.Conv2d):
@@ -231,7 +265,8 @@ def trapped(trap, cbs):
     class Data:
         def __len__(self): return len(items)
         def __getitem__(self, i):
-            if not i % 6: trap('dataset')
+            if not i % 6:
+                trap('dataset')
             return items[i]
     dls = DataLoaders(TfmdDL(Data(), bs=8, shuffle=True, after_item=[], after_batch=[TrapItem(trap, 'batch transform')]), DataLoader(items[:8], bs=8))
     dls.train.after_item.add(TrapItem(lambda point: trap(point) if random.random() < 0.1 else None, 'item transform'))
@@ -241,8 +276,12 @@ def trapped(trap, cbs):
     model[1].register_forward_hook(lambda *_: trap('hook of a unit'))
     model[5].register_forward_pre_hook(lambda *_: trap('pre-hook of a unit'))
     bn.register_forward_hook(lambda *_: trap('hook'))
-    def std(name, module): trap('target_std'); return 1.
-    def preinit(layer): trap('preinit'); nn.init.orthogonal_(layer.weight)
+    def std(name, module):
+        trap('target_std')
+        return 1.
+    def preinit(layer):
+        trap('preinit')
+        nn.init.orthogonal_(layer.weight)
     return learner(dls, model, [LSUVCallback(target_std=std, preinit=preinit, batch_tol=0.02, max_iter=2, min_samples=8), TrapCallback(trap), *cbs])
 
 
@@ -267,7 +306,8 @@ def test_a_failure_anywhere_leaves_everything_as_it_was():
         before = Snapshots(but=notes)
         learn = trapped(trap, [Stop(), before])
         trap.points,trap.at,trap.point,trap.error = [],at,came_by[at],errors[n % len(errors)]
-        with pytest.raises(type(trap.error)): learn.fit(1)
+        with pytest.raises(type(trap.error)):
+            learn.fit(1)
         assert changed(before.of[0], everything(learn, but=notes(learn)), but=()) == [], (came_by[at], at)
         assert learn.lsuv.report is None and said(learn) == []
         trap.point = None

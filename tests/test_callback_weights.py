@@ -42,8 +42,10 @@ def initialized(learn, fit=None, kept=()):
     assert len(said(learn)) == 1 and ' at the target std' in said(learn)[0], learn.lines
     units = {id(k.value) for u in find_units(learn.model) for k in u.weights}
     for n, p, a, b in zip(names, learn.model.parameters(), w, now):
-        if id(p) in units: assert torch.equal(a, b) == (id(p) in ids), n
-        elif p.dim() > 1: assert torch.equal(a, b), n
+        if id(p) in units:
+            assert torch.equal(a, b) == (id(p) in ids), n
+        elif p.dim() > 1:
+            assert torch.equal(a, b), n
 
 
 # --- once
@@ -59,7 +61,8 @@ def test_the_first_fit_and_no_other():
 def test_silent_without_logging():
     learn = learner(cbs=LSUVCallback())
     with learn.no_logging():
-        for _ in range(2): learn.fit(1)
+        for _ in range(2):
+            learn.fit(1)
     assert learn.lines == [] and learn.lsuv.report.ok
 
 
@@ -72,7 +75,8 @@ def test_reset_and_every_fit_and_lsuv_init():
     report = learn.lsuv_init()
     assert report is learn.lsuv.report and report.ok
     learn.lsuv.every_fit = True
-    initialized(learn); initialized(learn)
+    initialized(learn)
+    initialized(learn)
 
 
 def test_a_callback_for_each_fit():
@@ -86,7 +90,8 @@ def test_a_callback_for_each_fit():
 
 
 def test_a_second_callback_is_refused_and_the_first_stays():
-    with pytest.raises(ValueError, match='cbs: got a second LSUVCallback'): learner(cbs=[LSUVCallback(), LSUVCallback()])
+    with pytest.raises(ValueError, match='cbs: got a second LSUVCallback'):
+        learner(cbs=[LSUVCallback(), LSUVCallback()])
     learn = learner(cbs=LSUVCallback(order='std'))
     first = learn.lsuv
     with pytest.raises(ValueError, match=r"the Learner has LSUVCallback\(order='std'\) already.*learn.remove_cb"):
@@ -156,7 +161,9 @@ def test_validation_within_a_fit():
 
 def learned(m):
     "What training makes of norm layers."
-    if 'Norm' in type(m).__name__: m.weight.data += 0.1*torch.randn_like(m.weight); m.bias.data += 0.1*torch.randn_like(m.bias)
+    if 'Norm' in type(m).__name__:
+        m.weight.data += 0.1*torch.randn_like(m.weight)
+        m.bias.data += 0.1*torch.randn_like(m.bias)
 
 
 def test_a_pretrained_model_in_a_plain_learner():
@@ -167,7 +174,8 @@ def test_a_pretrained_model_in_a_plain_learner():
 def test_a_new_head_on_a_frozen_pretrained_model():
     model = cnn().apply(learned)
     for m in model[:-1]:
-        if not isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
+        if not isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(False)
     initialized(learner(model=model, cbs=LSUVCallback()), kept=model[:-1].parameters())
 
 
@@ -255,7 +263,8 @@ def test_lr_find_before_it_is_attached(here, opt_func):
 def test_frozen_weights():
     learn = learner(cbs=LSUVCallback())
     frozen = learn.model[3]
-    for p in frozen.parameters(): p.requires_grad_(False)
+    for p in frozen.parameters():
+        p.requires_grad_(False)
     initialized(learn, kept=frozen.parameters())
     assert learn.lsuv.report['3'].status == 'frozen' and "frozen" in said(learn)[0]
 
@@ -307,7 +316,8 @@ def test_vision_factories(factory, pretrained):
         return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs), loss_func=lambda p, y: (1 - p.float()).square().mean(), **(dict(lin_ftrs=[16]) if factory is vision_learner else {})))
     for unfrozen in False, True:
         learn = make()
-        if unfrozen: learn.unfreeze()
+        if unfrozen:
+            learn.unfreeze()
         initialized(learn, kept=learn.model[0].parameters() if pretrained else ())
     learn = make(force=True)
     learn.unfreeze()
@@ -360,8 +370,10 @@ def test_text_classifier_pretrained(wiki):
 @pytest.mark.parametrize('trained', [True, False])
 def test_load(here, with_opt, trained):
     a = learner()
-    if trained: a.fit(1)
-    else: a.create_opt()
+    if trained:
+        a.fit(1)
+    else:
+        a.create_opt()
     a.save('a', with_opt=with_opt)
     learn = learner(cbs=LSUVCallback())
     learn.load('a', **({} if with_opt else dict(with_opt=False)))
@@ -410,7 +422,8 @@ def test_initialized_by_hand(preinit):
     initialized(learn, kept=learn.model[1].parameters())
     learn = learner(model=mlp(), cbs=LSUVCallback())
     hook = learn.model[-1].register_forward_hook(raises)
-    with pytest.raises(RuntimeError, match='hook'): lsuv_init(learn.model, learn.dls.train, preinit=preinit)
+    with pytest.raises(RuntimeError, match='hook'):
+        lsuv_init(learn.model, learn.dls.train, preinit=preinit)
     hook.remove()
     initialized(learn)
 
@@ -419,12 +432,14 @@ def test_a_failed_pass_loads_nothing():
     "Weights that were put back are not taken for loaded ones."
     learn = learner(cbs=LSUVCallback())
     hook = learn.model[-1].register_forward_hook(raises)
-    with pytest.raises(RuntimeError, match='hook'): learn.fit(1)
+    with pytest.raises(RuntimeError, match='hook'):
+        learn.fit(1)
     hook.remove()
     initialized(learn)
 
 
-def raises(*args): raise RuntimeError('hook')
+def raises(*args):
+    raise RuntimeError('hook')
 
 
 def test_load_learner(here):
@@ -452,7 +467,8 @@ def test_the_exported_file_grows_by_the_report_alone(here):
         learn.lines.clear()
         learn.export()
         sizes[name] = (here/'export.pkl').stat().st_size
-        if cbs: report = len(pickle.dumps(learn.lsuv.report))
+        if cbs:
+            report = len(pickle.dumps(learn.lsuv.report))
     assert sizes['with'] - sizes['without'] < report + 1000, (sizes, report)
 
 

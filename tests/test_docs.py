@@ -19,7 +19,8 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] i
 
 def script(name):
     "A module of `scripts/`, which is no package."
-    pytest.importorskip('nbdev'), pytest.importorskip('latex2mathml')
+    pytest.importorskip('nbdev')
+    pytest.importorskip('latex2mathml')
     spec = importlib.util.spec_from_file_location(name, ROOT/'scripts'/f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,12 +37,14 @@ def undocumented(f):
     "What of a function, class or property has no words: itself, parameters, what it returns."
     is_property = isinstance(f, property)
     f = f.fget if is_property else f
-    if f.__doc__ is None or len(f.__doc__) < 20: yield 'docstring'
+    if f.__doc__ is None or len(f.__doc__) < 20:
+        yield 'docstring'
     variadic = {p.name for p in inspect.signature(f).parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for name, d in docments(f, full=True).items():
         if name == 'self' or name in variadic or is_property: continue
         if name == 'return' and d.anno in (None, 'None', type(None), inspect.Signature.empty): continue
-        if not d.docment: yield name
+        if not d.docment:
+            yield name
 
 
 def test_every_public_name_and_parameter_has_words(docs):
@@ -53,15 +56,18 @@ def test_every_public_name_and_parameter_has_words(docs):
 
 def test_what_has_no_words_is_found():
     def f(a, # a number
-          b: int = 1) -> int: "Adds up two numbers, and one."
+          b: int = 1) -> int:
+        "Adds up two numbers, and one."
     assert list(undocumented(f)) == ['b', 'return']
-    def g(a: int): ...
+    def g(a: int):
+        ...
     assert list(undocumented(g)) == ['docstring', 'a']
 
 
 def test_docstrings_name_their_sources():
     assert 'Mishkin & Matas' in fastai_lsuv.lsuv_init.__doc__ and 'ICLR 2016' in fastai_lsuv.lsuv_init.__doc__ and 'Raises' in fastai_lsuv.lsuv_init.__doc__
-    for status in fastai_lsuv.report.STATUSES: assert f'"{status}"' in fastai_lsuv.LSUVReport.__doc__
+    for status in fastai_lsuv.report.STATUSES:
+        assert f'"{status}"' in fastai_lsuv.LSUVReport.__doc__
 
 
 # --- README and its kind
@@ -75,13 +81,15 @@ def test_readme_code_runs(tmp_path, monkeypatch, axes):
     from fastai_lsuv.experiments.networks import lesson11
     monkeypatch.chdir(tmp_path)
     set_seed(1, reproducible=True)
-    class Digits(list): loss_func = CrossEntropyLossFlat()  # as the datasets of fastai's data blocks bring one
+    class Digits(list):
+        loss_func = CrossEntropyLossFlat()  # as the datasets of fastai's data blocks bring one
     made = digits_dls()
     dls = DataLoaders.from_dsets(Digits(made.train_ds), Digits(made.valid_ds), bs=64, val_bs=256, device='cpu')
     space = dict(dls=dls, batch=dls.one_batch()[0])
     code = blocks('python')
     assert len(code) >= 2
-    for block in code: exec(compile(block, 'README.md', 'exec'), space := {**space, 'model': lesson11()})
+    for block in code:
+        exec(compile(block, 'README.md', 'exec'), space := {**space, 'model': lesson11()})
     assert space['learn'].lsuv.report.ok
     assert space['learn'].recorder.values[-1][-1] > 0.9, "the README's run does not train"
 
@@ -89,7 +97,8 @@ def test_readme_code_runs(tmp_path, monkeypatch, axes):
 def test_readme_commands():
     "The two commands are the ones that CI runs: each between its markers, one line."
     text = (ROOT/'README.md').read_text()
-    for name in 'demo', 'tests': assert re.search(rf'<!-- {name} -->\n```bash\n[^\n]+\n```\n<!-- end -->', text)
+    for name in 'demo', 'tests':
+        assert re.search(rf'<!-- {name} -->\n```bash\n[^\n]+\n```\n<!-- end -->', text)
     assert sum('pip install' in b for b in blocks('bash')) == 2
 
 
@@ -99,7 +108,8 @@ def test_readme_tables_are_the_benchmarks():
     assert len(written) > 20 and set(written) <= set((ROOT/'README.md').read_text().splitlines())
 
 
-def test_links_of_the_repository(docs): assert docs.broken_in_repository(ROOT) == []
+def test_links_of_the_repository(docs):
+    assert docs.broken_in_repository(ROOT) == []
 
 
 def test_version_is_told_once():
@@ -134,7 +144,8 @@ def test_notebook_is_clean_and_executed(path):
     said = [''.join(o.get('text', '')) + ''.join(''.join(o.get('data', {}).get(k, '')) for k in ('text/plain', 'text/html', 'text/markdown')) for o in outputs]
     assert not [t for t in said if re.search(r'(^|[\s"\'(])/(home|tmp|opt|work|root|usr|var)/', t)], "an output holds a path of the machine it ran on"
     for c in nb.cells:  # a cell that shows something has it shown
-        if c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M) and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M): assert c.outputs, c.source
+        if c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M) and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M):
+            assert c.outputs, c.source
 
 
 def test_api_pages_are_of_today(docs):

@@ -14,7 +14,8 @@ one = lambda v: np.array([v])
 @pytest.mark.parametrize('order, loops', [
     ('std mean', (('std',), ('mean',))), ('mean std', (('mean',), ('std',))), ('mean+std', (('mean', 'std'),)), ('std+mean', (('std', 'mean'),)),
     ('mean std mean std', (('mean',), ('std',))*2), ('std', (('std',),)), ('  mean\n mean+std ', (('mean',), ('mean', 'std')))])
-def test_reading_an_order(order, loops): assert parse_order(order) == loops
+def test_reading_an_order(order, loops):
+    assert parse_order(order) == loops
 
 
 def test_the_orders_of_the_documents_are_all_read():
@@ -26,7 +27,8 @@ def test_the_orders_of_the_documents_are_all_read():
     ('', ValueError, 'holds no loop'), ('  ', ValueError, 'holds no loop'), ('mean+mean', ValueError, 'names a word twice'),
     (None, TypeError, 'NoneType'), (['std'], TypeError, 'list'), (1, TypeError, 'int')])
 def test_what_is_no_order(order, error, says):
-    with pytest.raises(error) as e: parse_order(order)
+    with pytest.raises(error) as e:
+        parse_order(order)
     assert str(e.value).startswith('order: ') and says in str(e.value) and "'mean' and 'std'" in str(e.value)
 
 
@@ -35,9 +37,15 @@ class Made:
     can_shift,affine = True,False
     def __init__(self, mean, std, shift=lambda m, s, by: (m + by, s), scale=lambda m, s, by: (m*by, s*by)):
         self.mean,self.std,self._shift,self._scale,self.did = one(mean),one(std),shift,scale,[]
-    def stats(self): self.did.append('stats'); return self.mean, self.std
-    def shift(self, by): self.did.append('shift'); self.mean,self.std = self._shift(self.mean, self.std, by)
-    def scale(self, by): self.did.append('scale'); self.mean,self.std = self._scale(self.mean, self.std, by)
+    def stats(self):
+        self.did.append('stats')
+        return self.mean, self.std
+    def shift(self, by):
+        self.did.append('shift')
+        self.mean,self.std = self._shift(self.mean, self.std, by)
+    def scale(self, by):
+        self.did.append('scale')
+        self.mean,self.std = self._scale(self.mean, self.std, by)
     def moves(self): return [d for d in self.did if d != 'stats']
 
 
@@ -75,7 +83,8 @@ def test_targets():
 
 
 def test_a_unit_without_bias_is_scaled_only():
-    m = Made(3., 2.); m.can_shift = False
+    m = Made(3., 2.)
+    m.can_shift = False
     assert run(m, 'mean std mean+std') == '' and m.moves() == ['scale']
 
 
@@ -99,7 +108,8 @@ def test_an_affine_unit_is_given_up_only_if_its_biases_outweigh_the_target(weigh
     z, b = torch.randn(256, 64, dtype=torch.float64)*weight, torch.randn(64, dtype=torch.float64)
     meter = AffineMeter(channel_moments(z), (b/b.std(correction=0)*biases).numpy(), True, False)
     assert run(meter, 'std mean') == says
-    if not says: assert meter.stats()[1].item() == pytest.approx(1, abs=1.1e-3) and meter.stats()[0].item() == pytest.approx(0, abs=1e-3)
+    if not says:
+        assert meter.stats()[1].item() == pytest.approx(1, abs=1.1e-3) and meter.stats()[0].item() == pytest.approx(0, abs=1e-3)
 
 
 def test_a_tolerance_below_rounding_is_no_reason_to_give_up():
@@ -115,5 +125,7 @@ def test_the_affine_meter_says_what_the_output_would_be(seed, order, per_channel
     run(meter, order)
     o = z*torch.as_tensor(meter.weight_scale).view(-1, 1) + (b + torch.as_tensor(meter.bias_shift))[:, None]
     want = channel_moments(o).stats(per_channel)
-    for got, w in zip(meter.stats(), want): np.testing.assert_allclose(got, w, rtol=1e-9, atol=1e-9)
-    if order.split()[-1] != 'mean': np.testing.assert_allclose(meter.stats()[1], 1, rtol=0, atol=1.001e-3)
+    for got, w in zip(meter.stats(), want):
+        np.testing.assert_allclose(got, w, rtol=1e-9, atol=1e-9)
+    if order.split()[-1] != 'mean':
+        np.testing.assert_allclose(meter.stats()[1], 1, rtol=0, atol=1.001e-3)

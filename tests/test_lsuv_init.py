@@ -40,7 +40,8 @@ def residual():
 def in_reverse():
     layers = [nn.Linear(16, 4), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(8, 16)]
     def forward(self, x):
-        for l in reversed(self.layers): x = F.leaky_relu(l(x), 0.1)
+        for l in reversed(self.layers):
+            x = F.leaky_relu(l(x), 0.1)
         return x
     return Mod(forward, layers=nn.ModuleList(layers))
 
@@ -100,7 +101,8 @@ def against_reference(model, batch, order, close=1e-9, modules=None, **kwargs):
 def test_same_weights_as_the_oracle(net, order):
     make, batch = NETS[net]
     report = against_reference(make().double(), batch(), order)
-    if 'std' in order: assert report.ok and report.n_passes == 2
+    if 'std' in order:
+        assert report.ok and report.n_passes == 2
 
 
 BIASES = {  # Where all are the same the whole output is measured, else each channel
@@ -112,7 +114,8 @@ BIASES = {  # Where all are the same the whole output is measured, else each cha
 @pytest.mark.parametrize('biases', BIASES)
 def test_biases_that_are_and_are_not_alike(biases, order):
     model = NETS['every conv'][0]().double()
-    for i, b in enumerate(m.bias for m in model.modules() if getattr(m, 'bias', None) is not None): BIASES[biases](b, i)
+    for i, b in enumerate(m.bias for m in model.modules() if getattr(m, 'bias', None) is not None):
+        BIASES[biases](b, i)
     against_reference(model, NETS['every conv'][1](), order)
 
 
@@ -136,17 +139,20 @@ def test_lesson_11_has_the_oracles_weights_and_shifts(layer, order, digits):
     torch.testing.assert_close(shifts(model), shifts(other), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.tensor(report.pairs), torch.tensor(pairs), rtol=1e-5, atol=1e-5)
     assert [r.name for r in report] == list('01234')
-    if layer is ConvLayer and 'mean' in order: assert all(type(l.relu.sub) is float and l.relu.sub != 0 for l in model if isinstance(l, ConvLayer))
+    if layer is ConvLayer and 'mean' in order:
+        assert all(type(l.relu.sub) is float and l.relu.sub != 0 for l in model if isinstance(l, ConvLayer))
 
 
 @pytest.mark.parametrize('order', SEQUENCES)
 @pytest.mark.parametrize('mean, std, tol', [(0.5, 1., 1e-3), (-2., 0.3, 1e-3), (0., 2.5, 0.05), (1., 4., 1e-6)])
 def test_targets_and_tolerances(order, mean, std, tol):
     model = cnn(3, 8, 16, 16, act=lambda: nn.LeakyReLU(0.2)).double()  # a ReLU lets nothing through where the mean is at -2
-    for l in model[::2]: l.bias.data *= 0.1  # biases that outweigh the target std are another matter
+    for l in model[::2]:
+        l.bias.data *= 0.1  # biases that outweigh the target std are another matter
     report = against_reference(model, [randn(8, 3, 12, 12)], order, mean=mean, std=std, tol=tol)
     if order == 'std mean':
-        for r in report: assert abs(r.mean - mean) <= tol + 1e-9 and abs(r.std - std) <= tol + 1e-9
+        for r in report:
+            assert abs(r.mean - mean) <= tol + 1e-9 and abs(r.std - std) <= tol + 1e-9
 
 
 @pytest.mark.parametrize('order', SEQUENCES)
@@ -158,7 +164,8 @@ def test_per_channel_has_the_oracles_weights(net, order):
     if order != 'std mean': return
     seen = {}
     for n, m in model.named_modules():
-        if getattr(m, 'weight', None) is not None: m.register_forward_hook(lambda m, a, o: seen.update({m: o}))
+        if getattr(m, 'weight', None) is not None:
+            m.register_forward_hook(lambda m, a, o: seen.update({m: o}))
     model(*batch)
     for m, o in seen.items():
         o = o.movedim(1 if isinstance(m, nn.modules.conv._ConvNd) else -1, 0).flatten(1)
@@ -176,7 +183,8 @@ def affine_networks(draw):
         bias = draw(st.booleans())
         layer = nn.Conv2d(i, o, 3, padding=1, bias=bias) if conv else nn.Linear(i, o, bias=bias)
         layer.weight.data *= draw(st.sampled_from([1e-2, 1., 50.]))
-        if bias: layer.bias.data *= draw(st.sampled_from([0., 1.]))
+        if bias:
+            layer.bias.data *= draw(st.sampled_from([0., 1.]))
         layers += [layer, draw(st.sampled_from([nn.ReLU, nn.Tanh, nn.LeakyReLU, nn.Sigmoid, nn.SELU, nn.Identity]))()]
     n = draw(st.integers(2, 33))
     return nn.Sequential(*layers).double(), randn(n, widths[0], 4, 4) if conv else randn(n, widths[0])
@@ -186,15 +194,18 @@ def affine_networks(draw):
 @given(affine_networks(), st.sampled_from(SEQUENCES), st.sampled_from([(0., 1.), (0.3, 0.7), (-1., 2.)]))
 def test_same_weights_as_the_oracle_on_any_affine_network(net, order, targets):
     model, x = net
-    try: against_reference(model, [x], order, close=1e-7, mean=targets[0], std=targets[1])
-    except NoEnd: reject()  # the thread's own loops would run forever: dead activations, biases that outweigh the target
+    try:
+        against_reference(model, [x], order, close=1e-7, mean=targets[0], std=targets[1])
+    except NoEnd:
+        reject()  # the thread's own loops would run forever: dead activations, biases that outweigh the target
 
 
 def test_orthogonal_start():
     model, x = cnn(3, 8, 16, 16).double(), randn(8, 3, 12, 12)
     other = deepcopy(model)
     torch.manual_seed(3)
-    for l in other[::2]: orthogonal_(l)
+    for l in other[::2]:
+        orthogonal_(l)
     w = other[2].weight.flatten(1)
     torch.testing.assert_close(w @ w.T, torch.eye(16, dtype=torch.float64))
     reference_init(other, x)
@@ -216,9 +227,12 @@ def test_the_threads_picture(digits):
             for order in ORDERS:
                 means, stds = map(torch.tensor, zip(*pairs(order, layer, seed)))
                 assert (stds - 1).abs().max() < 1e-3, order
-                if order == 'mean std': assert 0.01 < means.abs().min() and means.abs().max() < 0.4, means
-                elif 'mean' in order: assert means.abs().max() < 1e-5, order
-                else: assert means.min() > 0.4  # variance only: a ReLU's mean stays
+                if order == 'mean std':
+                    assert 0.01 < means.abs().min() and means.abs().max() < 0.4, means
+                elif 'mean' in order:
+                    assert means.abs().max() < 1e-5, order
+                else:
+                    assert means.min() > 0.4  # variance only: a ReLU's mean stays
 
 
 # --- passes
@@ -245,7 +259,9 @@ def test_pass_k_uses_mini_batch_k():
     b = batches_of(1, 1, 1, 1)
     taken = []
     def draw():
-        for k, x in enumerate(b): taken.append(k); yield x
+        for k, x in enumerate(b):
+            taken.append(k)
+            yield x
     model, calls = counted(cnn(3, 8, 8))
     report = lsuv_init(model, draw())
     assert len(calls) == report.n_passes == 2 and all(x is y for x, y in zip(calls, b)) and taken == [0, 1]  # none is drawn for nothing
@@ -310,7 +326,8 @@ def test_tuples_and_dicts_are_the_models_inputs():
 def test_a_mapping_that_is_no_dict():
     from collections import UserDict
     assert lsuv_init(Two(), UserDict(x=torch.randn(64, 4), y=torch.randn(64, 3))).ok
-    with pytest.raises(ValueError, match='batches: .*NaN'): lsuv_init(Two(), UserDict(x=torch.randn(64, 4), y=torch.full((64, 3), float('nan'))))
+    with pytest.raises(ValueError, match='batches: .*NaN'):
+        lsuv_init(Two(), UserDict(x=torch.randn(64, 4), y=torch.full((64, 3), float('nan'))))
 
 
 def test_the_last_thing_a_dataloader_yields_is_the_target():
@@ -331,7 +348,8 @@ def test_fastai_dataloaders():
     assert lsuv_init(nn.Linear(4, 8), FastaiDataLoader([r[0] for r in rows], bs=32)).ok
     assert lsuv_init(nn.Linear(4, 8), FastaiDataLoader([(r[0], r[2]) for r in rows], bs=32)).ok
     assert lsuv_init(Two(), FastaiDataLoader(rows, bs=32)).ok
-    with pytest.raises(TypeError, match='batches: got DataLoaders; .* such as its `train`'): lsuv_init(nn.Linear(4, 8), DataLoaders(FastaiDataLoader(rows)))
+    with pytest.raises(TypeError, match='batches: got DataLoaders; .* such as its `train`'):
+        lsuv_init(nn.Linear(4, 8), DataLoaders(FastaiDataLoader(rows)))
 
 
 def test_n_inp_and_get_input():
@@ -342,10 +360,14 @@ def test_n_inp_and_get_input():
     assert lsuv_init(m(), {'image': x, 'y': y}, get_input=lambda b: b['image']).ok
     assert lsuv_init(Two(), [(y, x, torch.randn(64, 3))], get_input=lambda b: list(b[1:])).ok
     # All are the model's inputs unless told otherwise.
-    with pytest.raises(TypeError, match=r'batches: mini-batch 1 holds 2 inputs, but Linear.forward takes \(input.*pass `n_inp`'): lsuv_init(m(), [(x, y)])
-    with pytest.raises(TypeError, match=r'batches: mini-batch 1 holds 2 inputs, but .*pass `n_inp`'): layer_stats(m(), (x, y))
-    with pytest.raises(TypeError, match=r"batches: mini-batch 1 holds the inputs 'image', 'y', but .*`get_input`"): lsuv_init(m(), {'image': x, 'y': y})
-    with pytest.raises(TypeError, match=r"batches: mini-batch 1 holds 1 input, but Two.forward"): lsuv_init(Two(), x)
+    with pytest.raises(TypeError, match=r'batches: mini-batch 1 holds 2 inputs, but Linear.forward takes \(input.*pass `n_inp`'):
+        lsuv_init(m(), [(x, y)])
+    with pytest.raises(TypeError, match=r'batches: mini-batch 1 holds 2 inputs, but .*pass `n_inp`'):
+        layer_stats(m(), (x, y))
+    with pytest.raises(TypeError, match=r"batches: mini-batch 1 holds the inputs 'image', 'y', but .*`get_input`"):
+        lsuv_init(m(), {'image': x, 'y': y})
+    with pytest.raises(TypeError, match=r"batches: mini-batch 1 holds 1 input, but Two.forward"):
+        lsuv_init(Two(), x)
 
 
 def test_inputs_that_the_model_makes_others_of():
@@ -361,8 +383,12 @@ def test_inputs_that_the_model_makes_others_of():
 # --- what is refused
 
 class Scaled(nn.Module):
-    def __init__(self): super().__init__(); self.lin,self.bn,self.log = nn.Linear(4, 8),nn.BatchNorm1d(8),[]
-    def forward(self, x): self.log.append(len(x)); return self.bn(self.lin(x))
+    def __init__(self):
+        super().__init__()
+        self.lin,self.bn,self.log = nn.Linear(4, 8),nn.BatchNorm1d(8),[]
+    def forward(self, x):
+        self.log.append(len(x))
+        return self.bn(self.lin(x))
 
 
 X = torch.randn(32, 4)
@@ -385,7 +411,8 @@ BAD = [
 def test_bad_arguments_are_named_before_anything_is_changed(name, value, error):
     model = Scaled().eval()
     was = fingerprint(model)
-    with pytest.raises(error) as e: lsuv_init(model, **{'batches': X, name: value})
+    with pytest.raises(error) as e:
+        lsuv_init(model, **{'batches': X, name: value})
     assert str(e.value).startswith(name) and any(w in str(e.value) for w in ('takes', 'holds no'))
     assert fingerprint(model) == was
 
@@ -399,7 +426,8 @@ def test_bad_arguments_are_named_before_anything_is_changed(name, value, error):
 def test_models_that_are_refused(model, error, says):
     model = model()
     for f in (lsuv_init, layer_stats):
-        with pytest.raises(error, match=says) as e: f(model, X)
+        with pytest.raises(error, match=says) as e:
+            f(model, X)
         assert str(e.value).startswith('model: ')
 
 
@@ -407,14 +435,16 @@ def test_complex_activations_are_refused_and_nothing_is_changed():
     model = nn.Sequential(nn.Linear(4, 4), Mod(lambda self, x: self.lin(x + 0j).real, lin=nn.Linear(4, 4)))
     model[1].lin.to(torch.complex64)
     was = fingerprint(model)
-    with pytest.raises(TypeError, match="'1.lin'.*complex64"): lsuv_init(model, X)
+    with pytest.raises(TypeError, match="'1.lin'.*complex64"):
+        lsuv_init(model, X)
     assert fingerprint(model) == was and lsuv_init(model, X, modules='0').ok
 
 
 def test_a_nan_in_a_later_mini_batch_puts_everything_back():
     model = Scaled()
     was = fingerprint(model)
-    with pytest.raises(ValueError, match='batches: mini-batch 2 holds NaNs'): lsuv_init(model, [X, NAN])
+    with pytest.raises(ValueError, match='batches: mini-batch 2 holds NaNs'):
+        lsuv_init(model, [X, NAN])
     assert fingerprint(model) == was
 
 
@@ -429,7 +459,8 @@ def test_layer_stats_measures_as_the_model_trains_and_changes_nothing():
     outs = {}
     other = deepcopy(model).train()
     other[3].p = 0.
-    for k in (0, 4, 6): other[k].register_forward_hook(lambda m, a, o, k=k: outs.update({str(k): o.double()}))
+    for k in (0, 4, 6):
+        other[k].register_forward_hook(lambda m, a, o, k=k: outs.update({str(k): o.double()}))
     other(x)
     assert [r.name for r in stats] == ['0', '4', '6']
     for r in stats:
@@ -440,12 +471,14 @@ def test_layer_stats_measures_as_the_model_trains_and_changes_nothing():
 
 def test_layer_stats_measures_modules_without_a_weight():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(64, 4)
-    for row in layer_stats(model, x, modules=[nn.Tanh, nn.Sequential]): assert (row.mean, row.std) == pytest.approx((model(x).mean().item(), model(x).std().item()), abs=1e-6)
+    for row in layer_stats(model, x, modules=[nn.Tanh, nn.Sequential]):
+        assert (row.mean, row.std) == pytest.approx((model(x).mean().item(), model(x).std().item()), abs=1e-6)
 
 
 def test_layer_stats_leaves_frozen_and_tied_layers_to_their_std():
     m = nn.Linear(4, 4).requires_grad_(False)
-    m.weight.data = torch.eye(4); m.bias.data.zero_()
+    m.weight.data = torch.eye(4)
+    m.bias.data.zero_()
     assert layer_stats(m, torch.randn(256, 4))[0].status == 'ok'
 
 

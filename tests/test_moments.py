@@ -24,7 +24,8 @@ def check_stats(m, whole, rel, tiny):
     "Mean and std of everything against numpy's."
     mean, std = m.stats()
     np.testing.assert_allclose(mean, whole.mean(), rtol=rel, atol=tiny)
-    if whole.size > 1: np.testing.assert_allclose(std, whole.std(ddof=1), rtol=rel, atol=tiny)
+    if whole.size > 1:
+        np.testing.assert_allclose(std, whole.std(ddof=1), rtol=rel, atol=tiny)
 
 
 def check(x, dim=1, rel=1e-5):
@@ -53,7 +54,8 @@ SHAPES = [(7,), (16, 5), (4, 3, 9), (4, 6, 5, 7), (2, 3, 4, 5, 6), (1, 8, 1, 1),
 @pytest.mark.parametrize('shape', SHAPES)
 def test_every_dimension_can_hold_the_channels(shape):
     x = torch.randn(shape)*torch.rand(shape[-1])*3 + 0.5
-    for dim in range(-len(shape), len(shape)): check(x, dim)
+    for dim in range(-len(shape), len(shape)):
+        check(x, dim)
 
 
 LAYOUTS = {
@@ -69,14 +71,16 @@ LAYOUTS = {
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_layouts(layout):
     x = LAYOUTS[layout]() + 0.
-    for dim in range(x.dim()): check(LAYOUTS[layout](), dim)
+    for dim in range(x.dim()):
+        check(LAYOUTS[layout](), dim)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_half_is_accumulated_in_float32_or_better(dtype, layout):
     x = (torch.randn(64, 16, 32, 32) + 3).to(dtype)  # a sum in half precision would be off by percents, or infinite
-    if layout == 'channels_last': x = x.contiguous(memory_format=torch.channels_last)
+    if layout == 'channels_last':
+        x = x.contiguous(memory_format=torch.channels_last)
     check(x)
     check(x.flatten(1)[:, :100], -1)
 
@@ -89,8 +93,10 @@ def test_float16_squares_do_not_overflow():
 @pytest.mark.parametrize('offset', [1e4, -1e6])
 def test_a_mean_that_dwarfs_the_std(layout, offset):
     x = torch.randn(32, 6, 14, 14) + offset
-    if layout == 'channels_last': x = x.contiguous(memory_format=torch.channels_last)
-    if layout == 'linear': x = x.flatten(0, 1).flatten(1)
+    if layout == 'channels_last':
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == 'linear':
+        x = x.flatten(0, 1).flatten(1)
     check(x, rel=2e-5)
 
 
@@ -118,15 +124,18 @@ def test_one_element_has_no_std():
 
 def test_not_finite():
     for bad in (float('nan'), float('inf')):
-        x = torch.randn(4, 3, 5); x[1, 2, 3] = bad
+        x = torch.randn(4, 3, 5)
+        x[1, 2, 3] = bad
         assert not channel_moments(x).finite() and not channel_moments(x, by_channel=False).finite() and not whole_moments(x).finite()
     assert channel_moments(torch.randn(4, 3, 5)).finite() and whole_moments(torch.randn(4, 3, 5)).finite()
 
 
 def test_refusals():
     for moments in (channel_moments, whole_moments):
-        with pytest.raises(TypeError, match='complex64'): moments(torch.randn(4, 3, dtype=torch.complex64))
-        with pytest.raises(ValueError, match=r'batches: .*\(0, 3\) is empty'): moments(torch.empty(0, 3))
+        with pytest.raises(TypeError, match='complex64'):
+            moments(torch.randn(4, 3, dtype=torch.complex64))
+        with pytest.raises(ValueError, match=r'batches: .*\(0, 3\) is empty'):
+            moments(torch.empty(0, 3))
 
 
 def test_tensor_subclass():
@@ -138,7 +147,8 @@ def test_tensor_subclass():
 def test_the_activation_is_not_changed():
     x = torch.randn(4, 3, 8, 8) + 1e4
     was = x.clone()
-    channel_moments(x), whole_moments(x)
+    channel_moments(x)
+    whole_moments(x)
     assert torch.equal(x, was)
 
 
@@ -151,7 +161,8 @@ def test_pool_is_the_moments_of_all_together(parts, form, seed):
     xs = [torch.randn(n, 3, 4, dtype=torch.float64)*(i + 1) + torch.randn(3, 1)*4 for i, n in enumerate(parts)]
     got,want = pool([moments(x) for x in xs]),moments(torch.cat(xs))
     assert got.count == want.count
-    for a, b in zip([got.mean, got.var, *got.stats()], [want.mean, want.var, *want.stats()]): np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+    for a, b in zip([got.mean, got.var, *got.stats()], [want.mean, want.var, *want.stats()]):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 @given(scale=st.floats(-3, 3), seed=st.integers(0, 999))
@@ -167,8 +178,10 @@ def test_affine_is_the_moments_of_the_scaled_and_shifted(scale, seed):
 
 def test_first_tensor():
     x, i = torch.randn(2), torch.arange(2)
-    for out in (x, (x, i), [i, x], {'a': i, 'b': (None, x)}, ((i, [x]),)): assert first_tensor(out) is x
-    for out in (None, i, 'x', (), {'a': i}): assert first_tensor(out) is None
+    for out in (x, (x, i), [i, x], {'a': i, 'b': (None, x)}, ((i, [x]),)):
+        assert first_tensor(out) is x
+    for out in (None, i, 'x', (), {'a': i}):
+        assert first_tensor(out) is None
 
 
 def test_one_process_pools_nothing():
@@ -196,4 +209,5 @@ def test_ranks_pool_to_the_same_bits():
     for got, f in zip(a, (channel_moments, whole_moments)):
         want = f(torch.arange(60.).view(10, 3, 2))
         assert got[0] == want.count
-        np.testing.assert_allclose(got[1], want.mean, rtol=1e-6), np.testing.assert_allclose(got[2], want.var, rtol=1e-6)
+        np.testing.assert_allclose(got[1], want.mean, rtol=1e-6)
+        np.testing.assert_allclose(got[2], want.var, rtol=1e-6)

@@ -14,7 +14,8 @@ nan = float('nan')
 
 
 def row(k, status='ok', mean=0., std=1., before=(None, None), **kwargs):
-    if status == 'not called': mean = std = nan
+    if status == 'not called':
+        mean = std = nan
     return Row(**{**dict(name=f'blocks.{k}.conv', kind='Conv2d', shape=(32, 64, 8, 8) if status != 'not called' else (), mean=mean, std=std, mean_before=before[0], std_before=before[1],
                          passes=int(status in ('ok', 'off')), status=status), **kwargs})
 
@@ -29,15 +30,18 @@ def test_rows_of_a_real_report():
     assert r[0].shape == (16, 8, 6, 6) and r[0].passes == 1 and r[0].status == 'ok' and r.ok and r.left_alone == ''
     assert r.pairs == [(x.mean, x.std) for x in r] and all(abs(m) < 1e-3 and abs(s - 1) < 1e-3 for m, s in r.pairs)
     assert all(abs(x.std_before - 1) > 0.1 for x in r) and r.order == 'std mean' and r.n_passes == 3
-    with pytest.raises(KeyError, match="'head' is no unit of this report; its units are 0, 3"): r['head']
-    with pytest.raises(IndexError): r[2]
+    with pytest.raises(KeyError, match="'head' is no unit of this report; its units are 0, 3"):
+        r['head']
+    with pytest.raises(IndexError):
+        r[2]
     assert r[:1] == (r[0],)
 
 
 def test_ok_is_only_what_is_done():
     assert report('ok', 'no bias').ok
     for s in STATUSES:
-        if s not in ('ok', 'no bias'): assert not report('ok', s).ok
+        if s not in ('ok', 'no bias'):
+            assert not report('ok', s).ok
 
 
 def test_pairs_leave_out_what_did_not_run():
@@ -54,7 +58,8 @@ def test_left_alone_is_one_sentence_by_status():
 
 def test_one_warning_and_it_points_here():
     model, batch = NETWORKS['hand/parametrized']()
-    with pytest.warns(UserWarning) as said: r = lsuv_init(model, batch)
+    with pytest.warns(UserWarning) as said:
+        r = lsuv_init(model, batch)
     assert [str(w.message) for w in said if 'LSUV' in str(w.message)] == [r.left_alone] and said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -90,8 +95,10 @@ def test_long_tables_are_folded(statuses):
     folds = [l for l in lines if l.startswith('...')]
     hidden = sum(int(l.split()[1]) for l in folds)
     assert folds and hidden + len(lines) - len(folds) == len(statuses)  # every row is shown or counted
-    for s in set(statuses): assert any(s in l and not l.startswith('...') for l in lines), f'no {s} row is shown'
-    if statuses.count('frozen') == 5: assert all(f'blocks.{k}.conv' in '\n'.join(lines) for k in range(100, 105))  # what is rare is shown
+    for s in set(statuses):
+        assert any(s in l and not l.startswith('...') for l in lines), f'no {s} row is shown'
+    if statuses.count('frozen') == 5:
+        assert all(f'blocks.{k}.conv' in '\n'.join(lines) for k in range(100, 105))  # what is rare is shown
 
 
 def test_a_fold_says_what_it_holds():

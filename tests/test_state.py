@@ -34,19 +34,29 @@ class Stateful(nn.Module):
         self.register_buffer('mask', torch.ones(8).expand(3, 8))
         self.register_buffer('none', None)
         self.sparse = torch.eye(3).to_sparse()
-        self.frozen_bn.eval(), self.drop.eval(), self.spectral.eval()
+        self.frozen_bn.eval()
+        self.drop.eval()
+        self.spectral.eval()
         self.trap = None
 
     def forward(self, x):
-        if not self.started: self.start.data.copy_(x.mean()); self.started = True
-        self.calls += 1; self.log.append(x.shape); self.by_name['std'].append(x.std().item()); self.counts['x'] += 1; self.last.append(self.calls)
+        if not self.started:
+            self.start.data.copy_(x.mean())
+            self.started = True
+        self.calls += 1
+        self.log.append(x.shape)
+        self.by_name['std'].append(x.std().item())
+        self.counts['x'] += 1
+        self.last.append(self.calls)
         x = self.frozen_bn(self.drop(self.bn(self.conv(x)))) + self.start
         self.ema.lerp_(x.mean((0, 2, 3)), 0.1)
         x = self.container(self.spectral(self.old(x)))
-        if self.trap is not None: self.trap()
+        if self.trap is not None:
+            self.trap()
         x = x.flatten(2).transpose(1, 2) + self.emb.weight.mean() + self.emb(torch.arange(4)).mean()
         y, (self.hidden, self.cell) = self.rnn(x)
-        self.pair[0].add_(1), self.pair[1].append(1)
+        self.pair[0].add_(1)
+        self.pair[1].append(1)
         self.array += self.rng.random()
         return self.head(self.attn(x, y, y)[0].mean(1))
 
@@ -76,7 +86,8 @@ def test_on_success_nothing_but_weights_and_biases_changes():
 def test_layer_stats_changes_nothing_at_all():
     model, x = stateful()
     was = fingerprint(model)
-    layer_stats(model, x), layer_stats(model, x, modules=MODULES)
+    layer_stats(model, x)
+    layer_stats(model, x, modules=MODULES)
     assert fingerprint(model) == was
 
 
@@ -90,7 +101,8 @@ def test_a_forward_that_fails_in_any_pass(error, at):
         if len(passes) == at: raise error
     model.trap = trap
     was = fingerprint(model)
-    with pytest.raises(type(error)): quietly(lsuv_init, model, [x, 3*x, 9*x, 27*x], modules=MODULES)
+    with pytest.raises(type(error)):
+        quietly(lsuv_init, model, [x, 3*x, 9*x, 27*x], modules=MODULES)
     assert len(passes) == at and fingerprint(model) == was
 
 
@@ -104,7 +116,8 @@ def test_a_hook_that_fails_at_any_unit(unit, when):
         if len(calls) > 1: raise KeyboardInterrupt
     m.register_forward_pre_hook(fail) if when == 'before' else m.register_forward_hook(fail)
     was = fingerprint(model)
-    with pytest.raises(KeyboardInterrupt): quietly(lsuv_init, model, [x, 3*x, 9*x], modules=MODULES)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(lsuv_init, model, [x, 3*x, 9*x], modules=MODULES)
     assert fingerprint(model) == was
 
 
@@ -117,10 +130,15 @@ def test_a_function_of_the_users_that_fails(option):
         if len(calls) > 2: raise ZeroDivisionError
         return x*3**len(calls) if option == 'get_input' else 1.
     def batches():
-        yield x; yield 3*x; fail(), fail(), fail()
+        yield x
+        yield 3*x
+        fail()
+        fail()
+        fail()
     options = dict(batches=batches()) if option == 'batches' else {'batches': [x, x, x, x], option: fail}
     was = fingerprint(model)
-    with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, modules=MODULES, **options)
+    with pytest.raises(ZeroDivisionError):
+        quietly(lsuv_init, model, modules=MODULES, **options)
     assert fingerprint(model) == was
 
 
@@ -129,7 +147,8 @@ def test_a_third_mini_batch_that_is_bad(bad):
     model, x = stateful()
     third = torch.full_like(x, bad) if bad != 'shape' else torch.randn(8, 4, 6, 6)
     was = fingerprint(model)
-    with pytest.raises((ValueError, RuntimeError)): quietly(lsuv_init, model, [x, 3*x, third], modules=MODULES)
+    with pytest.raises((ValueError, RuntimeError)):
+        quietly(lsuv_init, model, [x, 3*x, third], modules=MODULES)
     assert fingerprint(model) == was
 
 
@@ -140,7 +159,8 @@ def test_what_stands_behind_properties_is_put_back_too(layer):
         if float(model[0].bias) != -0.25: raise RuntimeError
     model[4].register_forward_pre_hook(trap)
     was = fingerprint(model)
-    with pytest.raises(RuntimeError): lsuv_init(model, torch.randn(8, 1, 28, 28), modules=ConvLayer)
+    with pytest.raises(RuntimeError):
+        lsuv_init(model, torch.randn(8, 1, 28, 28), modules=ConvLayer)
     assert fingerprint(model) == was and float(model[0].bias) == -0.25
 
 
@@ -148,7 +168,8 @@ def test_others_hooks_stay_in_place_and_in_order():
     model, x = stateful()
     log = []
     for m in (model, model.conv, model.head):
-        m.register_forward_hook(lambda m, a, o: log.append('after')), m.register_forward_pre_hook(lambda m, a: log.append('before'))
+        m.register_forward_hook(lambda m, a, o: log.append('after'))
+        m.register_forward_pre_hook(lambda m, a: log.append('before'))
     hooks = [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
     quietly(lsuv_init, model, x, modules=MODULES)
     assert hooks == [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
@@ -157,7 +178,8 @@ def test_others_hooks_stay_in_place_and_in_order():
 
 def test_modes_of_a_mixed_model_and_dropout():
     model, x = stateful()
-    model.eval(), model.container.train()
+    model.eval()
+    model.container.train()
     seen = []
     model.bn.register_forward_hook(lambda m, a, o: seen.append((m.training, model.drop.p, model.rnn.dropout, model.attn.dropout)))
     modes = {n: m.training for n, m in model.named_modules()}
@@ -182,7 +204,8 @@ def test_global_randomness_is_not_used_without_preinit():
 
 def test_bringing_lazy_layers_to_life_leaves_the_rest_as_it_was():
     def forward(self, x):
-        self.log.append(1); self.hidden += 1
+        self.log.append(1)
+        self.hidden += 1
         return self.lin(x)
     model = Mod(forward, lin=nn.LazyLinear(3), log=[], hidden=torch.zeros(2))
     assert lsuv_init(model, torch.randn(32, 4)).ok and model.log == [] and model.hidden.sum() == 0 and model.training and model.lin.training
@@ -193,7 +216,8 @@ def test_in_inference_mode_and_under_no_grad():
     for mode in (torch.no_grad, torch.inference_mode):
         model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
         model[3].register_forward_hook(lambda m, a, o: None)
-        with mode(): assert lsuv_init(model, x).ok
+        with mode():
+            assert lsuv_init(model, x).ok
         model(x).sum().backward()
 
 
@@ -228,7 +252,8 @@ def test_weights_in_any_kind_of_memory_are_put_back():
     model.cl.register_forward_pre_hook(look)
     was = fingerprint(model)
     model(x := torch.randn(16, 3, 6, 6))
-    with pytest.raises(RuntimeError, match='stop'): quietly(lsuv_init, model, x)
+    with pytest.raises(RuntimeError, match='stop'):
+        quietly(lsuv_init, model, x)
     changed = [not torch.equal(a, b) for a, b in zip(seen[0], seen[2])]
     assert changed[:6] == [False] + [True]*5 and fingerprint(model) == was
 
@@ -240,7 +265,8 @@ def test_a_sparse_weight():
     model[0].weight = w
     x,was = torch.randn(64, 8),fingerprint(model)
     hook = model[1].register_forward_hook(lambda *args: 1/0)
-    with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, x, preinit=None)
+    with pytest.raises(ZeroDivisionError):
+        quietly(lsuv_init, model, x, preinit=None)
     hook.remove()
     assert fingerprint(model) == was
     report = quietly(lsuv_init, model, x, preinit=None)
@@ -248,11 +274,13 @@ def test_a_sparse_weight():
 
 
 def test_weights_made_in_inference_mode_are_put_back():
-    with torch.inference_mode(): model = nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 1))
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 1))
     was = fingerprint(model)
     for preinit in ('orthogonal', None):
         hook = model.register_forward_hook(lambda *args: 1/0)
-        with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, torch.randn(64, 6), preinit=preinit)
+        with pytest.raises(ZeroDivisionError):
+            quietly(lsuv_init, model, torch.randn(64, 6), preinit=preinit)
         hook.remove()
         assert fingerprint(model) == was
 
@@ -263,18 +291,22 @@ class FrozenDict(OrderedDict):
     "As `diffusers` keeps the config of every model."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for key, value in self.items(): setattr(self, key, value)
+        for key, value in self.items():
+            setattr(self, key, value)
         self.__frozen = True
 
-    def _refuse(self, *args, **kwargs): raise Exception(f"You cannot use it on a {type(self).__name__} instance.")
+    def _refuse(self, *args, **kwargs):
+        raise Exception(f"You cannot use it on a {type(self).__name__} instance.")
     __delitem__ = setdefault = pop = update = _refuse
 
     def __setattr__(self, name, value):
-        if hasattr(self, '__frozen'): self._refuse()
+        if hasattr(self, '__frozen'):
+            self._refuse()
         super().__setattr__(name, value)
 
     def __setitem__(self, name, value):
-        if hasattr(self, '_FrozenDict__frozen'): self._refuse()
+        if hasattr(self, '_FrozenDict__frozen'):
+            self._refuse()
         super().__setitem__(name, value)
 
 
@@ -295,15 +327,21 @@ def test_an_attribute_that_refuses_writes(kind, fails):
     "It made `lsuv_init` raise, left the config empty and the weights changed."
     model, x = stateful()
     model.conv.refuser = model.refuser = refuser = REFUSERS[kind]()
-    def add(m, args, out): m.refuser += 1
-    if kind == 'array of no dimensions': model.conv.register_forward_hook(add)
-    if fails: model.head.register_forward_hook(lambda *args: 1/0)
+    def add(m, args, out):
+        m.refuser += 1
+    if kind == 'array of no dimensions':
+        model.conv.register_forward_hook(add)
+    if fails:
+        model.head.register_forward_hook(lambda *args: 1/0)
     was, params = fingerprint(model, weights=False), [contents(p) for p in model.parameters()]
     if fails:
-        with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, x, modules=MODULES)
-    else: assert quietly(lsuv_init, model, x, modules=MODULES)['conv'].status == 'ok'
+        with pytest.raises(ZeroDivisionError):
+            quietly(lsuv_init, model, x, modules=MODULES)
+    else:
+        assert quietly(lsuv_init, model, x, modules=MODULES)['conv'].status == 'ok'
     now = fingerprint(model, weights=False)
-    for m in (was, now): del m['old']['weight']
+    for m in (was, now):
+        del m['old']['weight']
     assert now == was and (params == [contents(p) for p in model.parameters()]) == fails and model.refuser is refuser
     assert kind != 'frozen dict' or list(refuser.items()) == [(f'k{i}', i) for i in range(29)]
 
@@ -316,8 +354,11 @@ def beside(e):
 def sealed_by_the_forward():
     "A model whose forward writes to an array, and then seals it."
     def forward(self, x):
-        if self.seen.flags.writeable: self.seen += 1; self.seen.flags.writeable = False
-        self.log.append(1); self.norm(x)
+        if self.seen.flags.writeable:
+            self.seen += 1
+            self.seen.flags.writeable = False
+        self.log.append(1)
+        self.norm(x)
         if self.fails: raise ZeroDivisionError('of the forward')
         return self.lin(x)
     return Mod(forward, lin=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), seen=np.zeros(2), log=[], fails=False)
@@ -328,7 +369,8 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back(fails):
     model = sealed_by_the_forward()
     model.fails = fails
     was = fingerprint(model)
-    with pytest.raises(ZeroDivisionError if fails else RestoreError) as e: lsuv_init(model, torch.randn(32, 4) + 3)
+    with pytest.raises(ZeroDivisionError if fails else RestoreError) as e:
+        lsuv_init(model, torch.randn(32, 4) + 3)
     said = beside(e.value) if fails else str(e.value)
     assert "could not put back: 'seen', " in said and '(ValueError). All else is as it was.' in said
     now = fingerprint(model)
@@ -345,7 +387,8 @@ def test_an_interrupt_in_the_restore_after_success_puts_the_weights_back_too(mon
         put_back(items, beside)
         if beside is None: raise KeyboardInterrupt
     monkeypatch.setattr(state, 'put_back', interrupted)
-    with pytest.raises(KeyboardInterrupt): quietly(lsuv_init, model, x, modules=MODULES)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(lsuv_init, model, x, modules=MODULES)
     assert fingerprint(model) == was
 
 
@@ -379,32 +422,39 @@ def test_a_large_parameter_that_the_forward_writes_is_named():
         assert lsuv_init(model, torch.randn(32, 4)).ok
     assert model.bank[:8].any()
     model.fails, was = True, model.lin.weight.clone()
-    with pytest.raises(ZeroDivisionError) as e: lsuv_init(model, torch.randn(32, 4))
+    with pytest.raises(ZeroDivisionError) as e:
+        lsuv_init(model, torch.randn(32, 4))
     assert torch.equal(model.lin.weight, was)
     assert "could not put back: 'bank', the forward pass writes to it" in beside(e.value)
 
 
 def test_large_parameters_that_are_only_read_are_not_named():
     model = nn.Sequential(nn.Linear(300, 300), nn.LayerNorm(300), nn.Linear(300, 300, bias=False))
-    with torch.inference_mode(): model.append(nn.Linear(300, 300))
+    with torch.inference_mode():
+        model.append(nn.Linear(300, 300))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with preserved(model, [], []), torch.no_grad(): model(torch.randn(4, 300))
+        with preserved(model, [], []), torch.no_grad():
+            model(torch.randn(4, 300))
 
 
 class Behind:
     "A value behind something: how often it was assigned is counted."
-    def __init__(self, value): self.value, self.assigned = value, 0
+    def __init__(self, value):
+        self.value, self.assigned = value, 0
     def copy(self): return self.value.clone() if isinstance(self.value, torch.Tensor) else self.value
-    def assign(self, value): self.value, self.assigned = value, self.assigned + 1
+    def assign(self, value):
+        self.value, self.assigned = value, self.assigned + 1
 
 
 @pytest.mark.parametrize('value', [1.5, torch.ones(2), 'x', None])
 def test_values_are_put_back_only_if_they_changed(value):
     v = Behind(value)
-    with preserved(nn.Linear(2, 2), [], [v]): v.value = 7.
+    with preserved(nn.Linear(2, 2), [], [v]):
+        v.value = 7.
     assert v.value == 7. and v.assigned == 0
-    with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]): raise KeyError
+    with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]):
+        raise KeyError
     assert v.assigned == 0
     v.value = value
     with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]):
@@ -418,7 +468,8 @@ def test_owned_weights_come_first_and_gradients_stay():
     model.weight.grad = grad = torch.ones(2, 2)
     was = model.weight.detach().clone()
     class Last(Behind):
-        def assign(self, value): order.append(torch.equal(model.weight, was))
+        def assign(self, value):
+            order.append(torch.equal(model.weight, was))
     v = Last(1.)
     with pytest.raises(KeyError), preserved(model, [model.weight], [v]):
         assert model.weight.grad is None
@@ -426,15 +477,20 @@ def test_owned_weights_come_first_and_gradients_stay():
         v.value = 2.
         raise KeyError
     assert order == [True] and model.weight.grad is grad
-    with preserved(model, [model.weight], []): model.weight.data += 1; model.bias.data += 1
+    with preserved(model, [model.weight], []):
+        model.weight.data += 1
+        model.bias.data += 1
     assert torch.equal(model.weight, was + 1) and model.weight.grad is grad and abs(model.bias).max() < 1
 
 
 def test_a_million_entries_and_a_plain_object():
     class Tracker:
-        def __init__(self): self.n, self.seen = 0, []
+        def __init__(self):
+            self.n, self.seen = 0, []
     def forward(self, x):
-        self.long[0] = 1; self.tracker.n += 1; self.tracker.seen.append(x)
+        self.long[0] = 1
+        self.tracker.n += 1
+        self.tracker.seen.append(x)
         return self.lin(x)
     model = Mod(forward, lin=nn.Linear(4, 4), long=[0]*1_000_000, tracker=Tracker())
     assert lsuv_init(model, torch.randn(32, 4)).ok

@@ -23,9 +23,12 @@ def init(model, batch, **kwargs):
         report = lsuv_init(model, batch, **kwargs)
     outs,model = {},deepcopy(model).train()
     for m in model.modules():
-        if isinstance(m, nn.MultiheadAttention): m.dropout = 0.
-    for r in report: model.get_submodule(r.name).register_forward_hook(lambda m, a, o, n=r.name: outs.setdefault(n, []).append(o[0] if isinstance(o, tuple) else o.clone()))
-    with torch.no_grad(): model(*batch) if isinstance(batch, tuple) else model(batch)
+        if isinstance(m, nn.MultiheadAttention):
+            m.dropout = 0.
+    for r in report:
+        model.get_submodule(r.name).register_forward_hook(lambda m, a, o, n=r.name: outs.setdefault(n, []).append(o[0] if isinstance(o, tuple) else o.clone()))
+    with torch.no_grad():
+        model(*batch) if isinstance(batch, tuple) else model(batch)
     for r in report:
         if r.status in ('ok', 'no bias') and 'target_std' not in kwargs:
             std = torch.cat([o.flatten() for o in outs[r.name]]).double().std().item()
@@ -46,14 +49,17 @@ NET = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sequential
 @pytest.mark.parametrize('modules, names', [
     (None, ['0', '2.0', '2.2', '4']), (nn.Conv2d, ['0', '2.0', '2.2']), ((nn.Linear, nn.BatchNorm2d), ['1', '4']), ('2.*', ['2.0', '2.1', '2.2']), ('2.[02]', ['2.0', '2.2']),
     (lambda m: getattr(m, 'in_channels', 0) == 8, ['2.0', '2.2']), (['4', nn.Conv2d], ['0', '2.0', '2.2', '4']), ({'4'}, ['4']), ([lambda m: isinstance(m, nn.Linear), '0', '0'], ['0', '4'])])
-def test_what_modules_selects(modules, names): assert [n for n, _ in select_modules(NET(), modules)] == names
+def test_what_modules_selects(modules, names):
+    assert [n for n, _ in select_modules(NET(), modules)] == names
 
 
 def test_a_module_can_be_given_itself():
     net = NET()
     assert [n for n, _ in select_modules(net, [net[4], net[2][0]])] == ['2.0', '4']
-    with pytest.raises(ValueError, match='Linear is not in the model'): select_modules(net, nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="no module of Sequential matches 'a'.*Names here: '0', '1', '2'"): select_modules(net, 'a')
+    with pytest.raises(ValueError, match='Linear is not in the model'):
+        select_modules(net, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="no module of Sequential matches 'a'.*Names here: '0', '1', '2'"):
+        select_modules(net, 'a')
 
 
 def test_subclasses_are_units():
@@ -63,14 +69,17 @@ def test_subclasses_are_units():
 
 def test_a_container_and_a_layer_inside_it_cannot_both_scale_the_same_weight():
     net = lesson11()
-    with pytest.raises(ValueError, match="modules: '0' and '0.conv' inside it are both selected"): lsuv_init(net, torch.randn(8, 1, 28, 28), modules=(ConvLayer, nn.Conv2d))
+    with pytest.raises(ValueError, match="modules: '0' and '0.conv' inside it are both selected"):
+        lsuv_init(net, torch.randn(8, 1, 28, 28), modules=(ConvLayer, nn.Conv2d))
     block = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
     assert statuses(init(block, X(), modules=['0', '0.2'])) == {'0': 'ok', '0.2': 'ok'}  # each its own
 
 
 def test_a_container_without_a_layer_is_no_unit():
-    with pytest.raises(ValueError, match=r"modules: '2' \(ReLU\) holds no conv, linear or attention layer"): lsuv_init(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()), X(8, 4), modules=[nn.Linear, '2'])
-    with pytest.raises(ValueError, match="'0'.*LSTM.*holds no"): lsuv_init(nn.Sequential(nn.LSTM(4, 4)), X(8, 4), modules='0')
+    with pytest.raises(ValueError, match=r"modules: '2' \(ReLU\) holds no conv, linear or attention layer"):
+        lsuv_init(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()), X(8, 4), modules=[nn.Linear, '2'])
+    with pytest.raises(ValueError, match="'0'.*LSTM.*holds no"):
+        lsuv_init(nn.Sequential(nn.LSTM(4, 4)), X(8, 4), modules='0')
 
 
 def test_a_norm_can_be_named():
@@ -82,7 +91,9 @@ def test_a_norm_can_be_named():
 
 def test_a_layer_of_ones_own():
     class Mine(nn.Module):
-        def __init__(self): super().__init__(); self.weight,self.shift = nn.Parameter(torch.rand(16, 8)),nn.Parameter(torch.zeros(8))
+        def __init__(self):
+            super().__init__()
+            self.weight,self.shift = nn.Parameter(torch.rand(16, 8)),nn.Parameter(torch.zeros(8))
         def forward(self, x): return torch.relu(x @ self.weight)*2 + self.shift
     rows = init(nn.Sequential(Mine(), nn.Linear(8, 4)), X(), modules=[Mine, nn.Linear])
     assert rows['0'].status == 'no bias' and rows['1'].status == 'ok'
@@ -107,7 +118,8 @@ def test_a_bias_before_a_relu_does_not_move_its_mean_and_is_left():
 @pytest.mark.parametrize('calls', [2, 5])
 def test_nor_is_it_moved_between_passes_where_the_container_is_called_again(calls):
     def forward(self, x):
-        for _ in range(calls): x = 3*self.block(x)
+        for _ in range(calls):
+            x = 3*self.block(x)
         return x
     net = Mod(forward, block=nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
     rows = init(net, X(256), modules='block')
@@ -116,8 +128,12 @@ def test_nor_is_it_moved_between_passes_where_the_container_is_called_again(call
 
 def test_a_container_that_overwrites_its_input():
     class Doubling(nn.Module):
-        def __init__(self): super().__init__(); self.lin = nn.Linear(16, 16)
-        def forward(self, x): x *= 2; return torch.tanh(self.lin(x))*3
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(16, 16)
+        def forward(self, x):
+            x *= 2
+            return torch.tanh(self.lin(x))*3
     net = nn.Sequential(nn.Linear(16, 16), Doubling(), nn.Linear(16, 4))
     rows = init(net, X(256), modules=['0', '1', '2'])
     assert rows['1'].status == 'ok' and rows['2'].std == pytest.approx(1, abs=1e-3)
@@ -126,12 +142,15 @@ def test_a_container_that_overwrites_its_input():
 def test_a_weight_behind_a_property():
     "Two of them: the numbers that a property makes are new each time, and may lie where another's lay."
     class Scaled(nn.Module):
-        def __init__(self): super().__init__(); self.lin,self.log = nn.Linear(16, 16),0.
+        def __init__(self):
+            super().__init__()
+            self.lin,self.log = nn.Linear(16, 16),0.
         def forward(self, x): return self.lin(x)*2.718281828**self.log
         @property
         def weight(self): return 2.718281828**self.log
         @weight.setter
-        def weight(self, v): self.log = torch.tensor(v).log().item()
+        def weight(self, v):
+            self.log = torch.tensor(v).log().item()
     net = nn.Sequential(*[Scaled() for _ in range(4)])
     weights = [m.lin.weight.detach().clone() for m in net]
     rows = init(net, 5*X(), modules=Scaled, preinit=None)
@@ -141,7 +160,8 @@ def test_a_weight_behind_a_property():
 
 def test_small_weights_beside_large_biases_are_not_unresponsive():
     net = lesson11()
-    for l in net[:5]: l.conv.weight.data *= 1e-2
+    for l in net[:5]:
+        l.conv.weight.data *= 1e-2
     rows = init(net, torch.randn(32, 1, 28, 28), modules=ConvLayer, preinit=None)
     assert set(statuses(rows).values()) == {'ok'}
 
@@ -193,9 +213,11 @@ def test_a_layer_that_is_not_selected_may_hold_the_weight_too():
 
 def test_frozen():
     net = cnn(3, 8, 8, 8)
-    net[0].requires_grad_(False), net[2].bias.requires_grad_(False)
+    net[0].requires_grad_(False)
+    net[2].bias.requires_grad_(False)
     was, bias = deepcopy(net[0]), net[2].bias.detach().clone()
-    with pytest.warns(UserWarning, match='frozen.*: 0$'): report = lsuv_init(net, torch.randn(16, 3, 8, 8) + 1)
+    with pytest.warns(UserWarning, match='frozen.*: 0$'):
+        report = lsuv_init(net, torch.randn(16, 3, 8, 8) + 1)
     assert [r.status for r in report] == ['frozen', 'no bias', 'ok'] and torch.equal(net[0].weight, was.weight) and torch.equal(net[0].bias, was.bias)
     assert torch.equal(net[2].bias, bias) and [p.requires_grad for p in net.parameters()] == [False, False, True, False, True, True]
 
@@ -204,7 +226,8 @@ def test_a_frozen_weight_with_a_gain_that_learns():
     from timm.layers import ScaledStdConv2d
     net = nn.Sequential(ScaledStdConv2d(3, 8, 3), torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), torch.nn.utils.weight_norm(nn.Conv2d(8, 8, 3)))
     frozen = [net[0].weight, net[1].parametrizations.weight.original1, net[2].weight_v]
-    for p in frozen: p.requires_grad_(False)
+    for p in frozen:
+        p.requires_grad_(False)
     was = [p.detach().clone() for p in frozen]
     assert set(statuses(init(net, torch.randn(8, 3, 12, 12))).values()) == {'ok'} and all(map(torch.equal, frozen, was))
 
@@ -236,7 +259,11 @@ def test_what_cannot_be_scaled_is_put_back_and_said_so(wrap):
 
 def test_no_knob_at_all():
     class Fixed(nn.Linear):
-        def __init__(self, *args): super().__init__(*args); w = self.weight.data; del self.weight; self.table = nn.Parameter(w)
+        def __init__(self, *args):
+            super().__init__(*args)
+            w = self.weight.data
+            del self.weight
+            self.table = nn.Parameter(w)
         @property
         def weight(self): return self.table.sign()
         def forward(self, x): return F.linear(x, self.weight, self.bias)
@@ -264,7 +291,9 @@ def test_a_parametrization_of_ones_own():
 def test_a_parametrization_whose_inverse_fails():
     "It may refuse a weight; any other error is the user's to see, and nothing is changed."
     class Halves(nn.Module):
-        def __init__(self, error): super().__init__(); self.error = error
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
         def forward(self, w): return w/2
         def right_inverse(self, w):
             if self.training: raise self.error
@@ -277,7 +306,8 @@ def test_a_parametrization_whose_inverse_fails():
         assert statuses(init(net(error), 7*X())) == {'0': 'ok', '1': 'ok'}
     model = net(torch.OutOfMemoryError('too large'))
     was = fingerprint(model)
-    with pytest.raises(torch.OutOfMemoryError, match='too large'): lsuv_init(model, X())
+    with pytest.raises(torch.OutOfMemoryError, match='too large'):
+        lsuv_init(model, X())
     assert fingerprint(model) == was
 
 
@@ -308,7 +338,8 @@ def test_transposed_convs_by_channel():
 
 def test_per_channel_where_the_knob_has_no_value_for_each_channel():
     net = nn.Sequential(nn.Linear(16, 8), torch.nn.utils.weight_norm(nn.Linear(8, 8), dim=None))
-    with pytest.raises(ValueError, match='per_channel: Linear.weight_g does not hold a value for each of 8 channels'): lsuv_init(net, X(), per_channel=True)
+    with pytest.raises(ValueError, match='per_channel: Linear.weight_g does not hold a value for each of 8 channels'):
+        lsuv_init(net, X(), per_channel=True)
 
 
 def test_lazy_layers_come_to_life_first():
@@ -327,10 +358,12 @@ def test_half(dtype):
 
 def test_under_autocast_the_cast_weight_is_not_stale():
     net = Mod(lambda self, x: self.b(self.a(self.a(x))), a=nn.Linear(16, 16), b=torch.nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
-    with torch.autocast('cpu', torch.bfloat16): assert set(statuses(init(net, 9*X())).values()) == {'ok'}
+    with torch.autocast('cpu', torch.bfloat16):
+        assert set(statuses(init(net, 9*X())).values()) == {'ok'}
     class Mine(nn.Linear):  # is run again to be measured
         def forward(self, x): return F.linear(x, self.weight, self.bias)
-    with torch.autocast('cpu', torch.bfloat16): assert statuses(init(nn.Sequential(Mine(16, 16)), 9*X())) == {'0': 'ok'}
+    with torch.autocast('cpu', torch.bfloat16):
+        assert statuses(init(nn.Sequential(Mine(16, 16)), 9*X())) == {'0': 'ok'}
 
 
 def test_compiled_models_are_reached_through_the_module_they_wrap():
@@ -341,7 +374,8 @@ def test_compiled_models_are_reached_through_the_module_they_wrap():
     in_place.compile(backend='eager')
     assert lsuv_init(in_place, x).ok
     part = nn.Sequential(torch.compile(cnn(3, 8, 8), backend='eager'), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    with torch.no_grad(): part(x)  # compiled without hooks
+    with torch.no_grad():
+        part(x)  # compiled without hooks
     assert lsuv_init(part, x).ok and len(lsuv_init(part, x)) == 3
     assert lsuv_init(nn.DataParallel(cnn(3, 8, 8)), x)[0].name == '0'
 
@@ -387,12 +421,15 @@ def test_data_dependent_control_flow():
 def test_a_target_for_each_unit():
     depth = 4
     def forward(self, x):
-        for b in self.blocks: x = x + b(x)
+        for b in self.blocks:
+            x = x + b(x)
         return self.head(x)
     block = lambda: nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     net = Mod(forward, blocks=nn.ModuleList([block() for _ in range(depth)]), head=nn.Linear(16, 4))
     asked = []
-    def target(name, module): asked.append((name, type(module))); return depth**-0.5 if name.endswith('.2') else 1.
+    def target(name, module):
+        asked.append((name, type(module)))
+        return depth**-0.5 if name.endswith('.2') else 1.
     rows = init(net, X(), target_std=target)
     assert asked == [(n, nn.Linear) for n in rows] and all(r.std == pytest.approx(0.5 if n.endswith('.2') else 1, abs=1e-3) for n, r in rows.items())
 
@@ -422,7 +459,8 @@ def test_a_pre_hook_that_changes_the_input_is_applied_once(wrap, in_place):
     net[1].register_forward_pre_hook(lambda m, a: (a[0].mul_(3) if in_place else a[0]*3,))
     rows = init(net, X(256), modules=['0', '1', '2'], order='std')
     assert set(statuses(rows).values()) == {'ok'}
-    if not in_place: assert rows['1'].std == pytest.approx(1, abs=2e-3) and rows['2'].std == pytest.approx(1, abs=2e-3)
+    if not in_place:
+        assert rows['1'].std == pytest.approx(1, abs=2e-3) and rows['2'].std == pytest.approx(1, abs=2e-3)
 
 
 def test_a_hook_that_overwrites_the_output():
@@ -434,7 +472,8 @@ def test_a_hook_that_overwrites_the_output():
 
 def test_full_backward_hooks_do_no_harm():
     net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=False), nn.Linear(16, 8))
-    for m in net: m.register_full_backward_hook(lambda m, i, o: None)
+    for m in net:
+        m.register_full_backward_hook(lambda m, i, o: None)
     assert set(statuses(init(net, X())).values()) == {'ok'}
 
 
@@ -442,7 +481,10 @@ def test_full_backward_hooks_do_no_harm():
 
 def test_preinit_functions():
     started = []
-    def start(m): started.append(m); nn.init.constant_(m.weight, 1.); m.weight.data[0] *= -1
+    def start(m):
+        started.append(m)
+        nn.init.constant_(m.weight, 1.)
+        m.weight.data[0] *= -1
     net = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), Mod(lambda self, x: self.attn(x, x, x)[0], attn=nn.MultiheadAttention(4, 2, batch_first=True)))
     init(net, torch.randn(8, 5, 16), preinit=start)
     assert started == [net[0], net[2].attn.out_proj] and (net[0].weight[0] == -net[0].weight[1]).all()
@@ -451,7 +493,8 @@ def test_preinit_functions():
 def test_a_preinit_that_puts_new_parameters_in_place_of_the_old():
     net = nn.Sequential(nn.Linear(16, 4))
     weight = net[0].weight  # an optimizer may hold it
-    def start(m): m.weight = nn.Parameter(torch.ones_like(m.weight))
+    def start(m):
+        m.weight = nn.Parameter(torch.ones_like(m.weight))
     x = X()
     assert init(net, x, preinit=start)['0'].status == 'ok'
     assert net[0].weight is weight and (weight == weight[0, 0]).all() and net(x).std().item() == pytest.approx(1, abs=1e-3)
@@ -471,15 +514,18 @@ def test_small_orthogonal_weights_are_those_of_torch(narrow):
     "Wide and tall ones and nearly square, and where products are taken in half precision."
     precision = torch.get_float32_matmul_precision()
     try:
-        if narrow == 'medium': torch.set_float32_matmul_precision('medium')
+        if narrow == 'medium':
+            torch.set_float32_matmul_precision('medium')
         for out, into in [(32, 576), (100, 40), (40, 40), (40, 60), (8, 64), (64, 3), (1, 50)]:
             layer, want = nn.Linear(into, out), torch.empty(out, into)
             torch.manual_seed(out)
-            with torch.autocast('cpu', torch.bfloat16, enabled=narrow == 'autocast'): orthogonal_(layer)
+            with torch.autocast('cpu', torch.bfloat16, enabled=narrow == 'autocast'):
+                orthogonal_(layer)
             torch.manual_seed(out)
             nn.init.orthogonal_(want)
             assert torch.equal(layer.weight, want)
-    finally: torch.set_float32_matmul_precision(precision)
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @pytest.mark.parametrize('bias', [lambda b: nn.init.normal_(b, std=.3), lambda b: nn.init.constant_(b, 2.)])
@@ -489,7 +535,9 @@ def test_of_several_calls_one_whose_output_anothers_hook_changes(bias):
             super().__init__()
             self.a,self.first = nn.Linear(8, 8),False
         def forward(self, x):
-            self.first = True; self.a(x); self.first = False
+            self.first = True
+            self.a(x)
+            self.first = False
             self.a(x*.5)
             return self.a(x + 1)
     off = []
@@ -503,7 +551,8 @@ def test_of_several_calls_one_whose_output_anothers_hook_changes(bias):
 
 
 class Layer(nn.Sequential):
-    def __init__(self, *shape: int): super().__init__(nn.Linear(*shape), nn.Softplus())
+    def __init__(self, *shape: int):
+        super().__init__(nn.Linear(*shape), nn.Softplus())
 
 
 class Energy(nn.Module):
@@ -528,7 +577,8 @@ def test_a_model_that_takes_a_gradient_in_its_forward(kwargs):
     for m in (plain, model):
         torch.manual_seed(0)
         assert all(r.status == 'ok' for r in lsuv_init(m, x, **kwargs))
-    for p, q in zip(model.net.parameters(), plain.parameters()): torch.testing.assert_close(p, q)
+    for p, q in zip(model.net.parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q)
     model(x)
     torch.testing.assert_close(forces[0], forces[-1])  # the first was taken while the weights were set
 
@@ -565,4 +615,5 @@ def test_gradients_are_those_from_before():
     kept = {n: g.clone() for n, g in was.items() if g is not None}
     init(model, X(64, 6))
     assert len(kept) == 3 and all(p.grad is was[n] for n, p in model.named_parameters())
-    for n, g in kept.items(): assert torch.equal(was[n], g)
+    for n, g in kept.items():
+        assert torch.equal(was[n], g)
