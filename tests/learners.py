@@ -13,6 +13,7 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 
 from fastai_lsuv import LSUVCallback
+from fastai_lsuv.batches import model_inputs, no_trace
 from fastai_lsuv.units import find_units
 
 
@@ -236,6 +237,14 @@ def two_inputs(cbs=None, **kwargs):
     dls = loaders(items)
     dls.n_inp = 2
     return learner(dls, TwoInputs(), cbs=cbs, **kwargs)
+
+
+def batches(learn, n=3, min_samples=1):
+    "The first mini-batches that LSUV would see, and what it says about them."
+    lines = []
+    with no_trace(learn):
+        stream = model_inputs(learn, min_samples, lines.append)
+        return [next(stream) for _ in range(n)], lines
 
 
 # --- all that a Learner holds

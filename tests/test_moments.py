@@ -1,16 +1,12 @@
 "Channel moments against float64 numpy: every layout, dtype and magnitude; pooling; ranks."
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastai_lsuv.moments import channel_moments, first_tensor, pool, whole_moments
-from fastai_lsuv.ranks import pool_ranks
 
 
 def by_numpy(x, dim):
@@ -182,32 +178,3 @@ def test_first_tensor():
         assert first_tensor(out) is x
     for out in (None, i, 'x', (), {'a': i}):
         assert first_tensor(out) is None
-
-
-def test_one_process_pools_nothing():
-    m = channel_moments(torch.randn(4, 3))
-    assert pool_ranks(m) is m
-
-
-def _rank(rank, port, results):
-    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
-    x = torch.arange(60.).view(10, 3, 2)
-    pooled = [pool_ranks(f(x[:4] if rank == 0 else x[4:])) for f in (channel_moments, whole_moments)]
-    results.put((rank, *((m.count, m.mean.tolist(), m.var.tolist()) for m in pooled)))
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow  # starts two processes
-def test_ranks_pool_to_the_same_bits():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    results = mp.get_context('spawn').SimpleQueue()
-    mp.spawn(_rank, args=(port, results), nprocs=2)
-    (_, *a), (_, *b) = sorted([results.get(), results.get()])
-    assert a == b
-    for got, f in zip(a, (channel_moments, whole_moments)):
-        want = f(torch.arange(60.).view(10, 3, 2))
-        assert got[0] == want.count
-        np.testing.assert_allclose(got[1], want.mean, rtol=1e-6)
-        np.testing.assert_allclose(got[2], want.var, rtol=1e-6)

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict, deque
 import numpy as np
 import pytest
 import torch
+from checked import init, samples
 from fingerprint import contents, fingerprint
 from lesson11 import ConvLayer, LearnableConvLayer, lesson11
 from networks import Mod
@@ -495,3 +496,25 @@ def test_a_million_entries_and_a_plain_object():
     model = Mod(forward, lin=nn.Linear(4, 4), long=[0]*1_000_000, tracker=Tracker())
     assert lsuv_init(model, torch.randn(32, 4)).ok
     assert model.long[0] == 0 and vars(model.tracker) == {'n': 0, 'seen': []}
+
+
+def test_gradients_are_those_from_before():
+    "Of a model that calls `backward` in its forward, too."
+    class Backward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.head = nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 1)),nn.Linear(6, 4)
+        @torch.enable_grad()
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            self.net(x).sum().backward()
+            return self.head(x.grad)
+    model = Backward()
+    model(samples(64, 6))
+    model.net[0].bias.grad = None
+    was = {n: p.grad for n, p in model.named_parameters()}
+    kept = {n: g.clone() for n, g in was.items() if g is not None}
+    init(model, samples(64, 6))
+    assert len(kept) == 3 and all(p.grad is was[n] for n, p in model.named_parameters())
+    for n, g in kept.items():
+        assert torch.equal(was[n], g)

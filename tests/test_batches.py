@@ -1,5 +1,6 @@
-"What `LSUVCallback` must not disturb: randomness, batches, and everything else that a Learner holds; and nothing at all if it fails."
+"Mini-batches as a Learner would feed them to its model, drawn without a trace."
 import gc
+import math
 import random
 import weakref
 from collections import Counter
@@ -8,14 +9,221 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.basics import Callback, DataLoader, DataLoaders, TfmdDL, set_seed
-from fastai.callback.mixup import CutMix, MixUp
+import torch.utils.data.dataloader
+from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
+                           DataLoader, DataLoaders, TfmdDL, before_batch_cb, set_seed)
+from fastai.callback.all import MixedPrecision
 from fastai.callback.data import PartialDL, WeightedDL
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.vision.augment import RandTransform
 from learners import *
 from torch import nn
 
 from fastai_lsuv import LSUVCallback
+from fastai_lsuv.batches import model_inputs, no_trace
+
+
+# --- mini-batches
+
+def test_small_batches_are_gathered():
+    learn = learner(loaders(bs=5))
+    seen,lines = batches(learn, 2, 16)
+    assert [len(x) for x, in seen] == [20, 20] and lines == []
+    assert not torch.equal(seen[0][0], seen[1][0])
+
+
+def test_a_small_training_set_is_used_again():
+    learn = learner(loaders(images(6), bs=4))
+    assert [len(x) for x, in batches(learn, 2, 16)[0]] == [16, 18]
+    learn.add_cb(LSUVCallback())
+    learn.fit(1)
+    assert learn.lsuv.report.ok
+
+
+def test_several_inputs_are_gathered():
+    learn = two_inputs()
+    (x,v), = batches(learn, 1, 30)[0]
+    assert x.shape == (32, 3, 12, 12) and v.shape == (32, 5)
+
+
+def test_nested_inputs_are_gathered():
+    items = [({'a': torch.randn(3), 'b': [torch.randn(2), torch.randn(1)]}, torch.randn(1)) for _ in range(20)]
+    (x,), = batches(learner(loaders(items, bs=4)), 1, 16)[0]
+    assert x['a'].shape == (16, 3) and x['b'][1].shape == (16, 1)
+
+
+def test_ragged_batches_are_not_gathered_and_this_is_said():
+    learn = classifier(LSUVCallback(), clas_bs=3)
+    learn.fit(1)
+    lines = said(learn)
+    assert lines[0] == 'LSUV: mini-batches of 3 are of different shapes and cannot be gathered to min_samples=16; each is used as it is'
+    assert len(lines) == 2 and learn.lsuv.report[0].shape[0] == 3
+
+
+def test_what_cannot_be_counted_is_used_as_it_is():
+    class Graph: pass
+    learn = learner(DataLoaders([(Graph(), torch.ones(1))]*3, [(Graph(), torch.ones(1))]))
+    assert len(batches(learn, 2, 16)[0][0]) == 1
+
+
+def test_no_batch():
+    learn = learner(loaders(images(3), bs=16, drop_last=True), cbs=LSUVCallback())
+    w = weights(learn.model)
+    with pytest.raises(ValueError, match='yields no mini-batch'):
+        learn.lsuv_init()
+    assert same(weights(learn.model), w) and learn.lsuv.report is None
+
+
+def test_a_stream_that_does_not_begin_again():
+    items = images(24)
+    class Stream:
+        def __init__(self):
+            self.it = iter([(torch.stack([x for x, _ in items[i:i+8]]), torch.stack([y for _, y in items[i:i+8]])) for i in (0, 8, 16)])
+        def __iter__(self): return self.it
+    learn = learner(DataLoaders(Stream(), Stream()))
+    with no_trace(learn):
+        assert [len(x) for x, in model_inputs(learn, 16, print)] == [16]
+
+
+def test_nans_in_a_batch_stop_the_fit_and_change_nothing():
+    learn = learner(loaders([(x*float('nan'), y) for x, y in images(16)]), cbs=LSUVCallback())
+    w = weights(learn.model)
+    with pytest.raises(ValueError, match='NaN'):
+        learn.fit(1)
+    assert same(weights(learn.model), w)
+
+
+def test_a_loader_with_workers_starts_none():
+    learn = learner(torch_loaders(num_workers=2, prefetch_factor=3, timeout=60))
+    class No:
+        def __init__(self, *args):
+            raise AssertionError('a worker was started')
+    import torch.utils.data.dataloader as module
+    was,module._MultiProcessingDataLoaderIter = module._MultiProcessingDataLoaderIter,No
+    try:
+        assert len(batches(learn, 5)[0]) == 5
+    finally:
+        module._MultiProcessingDataLoaderIter = was
+    assert learn.dls.train.num_workers == 2 and learn.dls.train.timeout == 60
+
+
+# --- what callbacks make of them
+
+class Twice(Callback):
+    "Doubles the input."
+    def __init__(self, order=0):
+        self.order = order
+    def before_fit(self):
+        self.by = 2.
+    def before_batch(self):
+        self.learn.xb = (self.x*self.by,)
+
+
+def scale_seen(*cbs, **kwargs):
+    "What the input's std is as LSUV sees it, as a share of that of the data."
+    seen = []
+    learn = learner(cbs=[LSUVCallback(**kwargs), *cbs])
+    learn.model.register_forward_pre_hook(lambda m, args: seen.append(args[0].std().item()))
+    learn.lsuv_init() if kwargs.get('max_iter') == 1 else learn.fit(1, cbs=Stop())
+    return np.mean(seen)/torch.stack([x for x, _ in images()]).std().item()
+
+
+def double(self):
+    self.learn.xb = (self.x*2,)
+
+
+@pytest.mark.parametrize('outside', [False, True])
+@pytest.mark.parametrize('cb', [Twice, lambda: Twice(20), lambda: Twice(200), lambda: Callback(before_batch=double), lambda: before_batch_cb(lambda self, xb, yb: ((xb[0]*2,), yb))],
+                         ids=['order 0', 'order 20', 'order 200', 'instance', 'before_batch_cb'])
+def test_callbacks_change_the_input(cb, outside):
+    "Of any order, in a fit and outside, before their `before_fit` has run and after."
+    assert scale_seen(cb(), **(dict(max_iter=1) if outside else {})) == pytest.approx(2, abs=0.05)
+    assert scale_seen() == pytest.approx(1, abs=0.05)
+
+
+class Autocast(Callback):
+    "Mixed precision on the CPU, as fastai's on CUDA: entered before a batch, left after the loss."
+    order = MixedPrecision.order
+    def before_batch(self):
+        self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
+        self.autocast.__enter__()
+    def after_pred(self):
+        self.learn.pred = self.pred.float()
+    def after_loss(self):
+        self.autocast.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize('outside', [False, True])
+def test_in_the_autocast_that_a_callback_enters(outside):
+    dtypes,loading = [],[]
+    class Data:
+        def __init__(self):
+            self.items = images()
+        def __len__(self): return 64
+        def __getitem__(self, i):
+            if isinstance(i, int):
+                loading.append(torch.is_autocast_enabled('cpu'))
+            return self.items[i]
+    learn = learner(loaders(Data()), cbs=[LSUVCallback(), Autocast()])
+    learn.model[3].register_forward_hook(lambda m, i, o: dtypes.append(o.dtype))
+    if outside:
+        learn.lsuv_init()
+    else:
+        learn.fit(1, cbs=Stop())
+    assert set(dtypes) == {torch.bfloat16} and not any(loading) and learn.lsuv.report.ok
+    assert not torch.is_autocast_enabled('cpu') and torch.autocast_decrement_nesting() == -1 and torch.autocast_increment_nesting() == 0
+    assert disturbed(lambda cbs: learner(cbs=[*cbs, Autocast()])) == []
+    learn.fit(1, 1e-3)
+    assert math.isfinite(learn.recorder.losses[-1])
+
+
+class AutocastAll(Callback):
+    "Entered for a whole epoch."
+    def before_train(self):
+        torch.autocast('cpu', dtype=torch.bfloat16).__enter__()
+    def before_batch(self):
+        assert torch.is_autocast_enabled('cpu')
+
+
+def test_autocast_that_is_entered_before_the_batches():
+    assert disturbed(lambda cbs: learner(cbs=[*cbs, AutocastAll()])) == []
+    while torch.autocast_decrement_nesting() > 0:
+        pass  # the callback leaves none of it
+    torch.set_autocast_enabled('cpu', False)
+
+
+class Cancels(Callback):
+    run_valid,order = False,55  # after Recorder, which needs to be told of each epoch
+    def __init__(self, event, error, times=10**6):
+        self.event,self.error,self.times = event,error,times
+    def before_epoch(self):
+        self._at('before_epoch')
+    def before_train(self):
+        self._at('before_train')
+    def before_batch(self):
+        self._at('before_batch')
+    def _at(self, event):
+        if event == self.event and self.times > 0:
+            self.times -= 1
+            raise self.error
+
+
+def test_a_batch_that_is_cancelled_is_not_used():
+    learn = learner(cbs=[LSUVCallback(), Cancels('before_batch', CancelBatchException, 3)])
+    learn.fit(1)
+    assert learn.lsuv.report.ok
+
+
+@pytest.mark.parametrize('event,error', [('before_batch', CancelBatchException), ('before_batch', CancelTrainException), ('before_batch', CancelEpochException), ('before_train', CancelTrainException),
+                                         ('before_epoch', CancelEpochException), ('before_epoch', CancelFitException), ('before_batch', CancelFitException)])
+def test_where_nothing_is_trained_nothing_is_initialized(event, error):
+    learn = learner(cbs=[LSUVCallback(), Cancels(event, error)])
+    w = weights(learn.model)
+    learn.fit(1)
+    assert same(weights(learn.model), w) and learn.lsuv.report is None
+    assert said(learn) == ['LSUV left the model as it is: the training DataLoader yields no mini-batch, or callbacks cancel them all.']
+    with pytest.raises(ValueError, match='yields no mini-batch'):
+        learn.lsuv_init()
 
 
 # --- everything as it was
@@ -151,9 +359,13 @@ def fed(make, cbs, **kwargs):
 def weighted(cbs=None): return learner(DataLoaders(WeightedDL(images(), wgts=range(1, 65), bs=16), DataLoader(images(), bs=16)), cbs=cbs)
 def partial_epochs(cbs=None): return learner(DataLoaders(PartialDL(images(), partial_n=32, bs=16, shuffle=True), DataLoader(images(), bs=16)), cbs=cbs)
 def pytorch_seeded_by_all(cbs=None): return learner(torch_loaders(), cbs=cbs)
+
+
 def one_weighted_sampler(cbs=None):
     sampler = torch.utils.data.WeightedRandomSampler(torch.ones(64), 64, generator=torch.Generator().manual_seed(1))
     return learner(DataLoaders(torch.utils.data.DataLoader(images(), batch_size=16, sampler=sampler), DataLoader(images(), bs=16)), cbs=cbs)
+
+
 def mixed_up(cbs=None): return learner(cbs=[*cbs, MixUp()])
 def cut_and_mixed(cbs=None): return learner(cbs=[*cbs, CutMix()])
 

@@ -1,18 +1,57 @@
 "Two processes that talk over gloo: statistics are pooled, and both compute the same weights, bit for bit."
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from fastai.basics import set_seed
-from learners import *
+from learners import same, weights
 
 from fastai_lsuv import lsuv_init
+from fastai_lsuv.moments import channel_moments, whole_moments
+from fastai_lsuv.ranks import pool_ranks
 
-pytestmark = pytest.mark.slow  # two more processes import fastai
+slow = pytest.mark.slow  # starts two processes, which import fastai
 
+
+# --- moments
+
+def test_one_process_pools_nothing():
+    m = channel_moments(torch.randn(4, 3))
+    assert pool_ranks(m) is m
+
+
+def _rank(rank, port, results):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    x = torch.arange(60.).view(10, 3, 2)
+    pooled = [pool_ranks(f(x[:4] if rank == 0 else x[4:])) for f in (channel_moments, whole_moments)]
+    results.put((rank, *((m.count, m.mean.tolist(), m.var.tolist()) for m in pooled)))
+    dist.destroy_process_group()
+
+
+@slow
+def test_ranks_pool_to_the_same_bits():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    results = mp.get_context('spawn').SimpleQueue()
+    mp.spawn(_rank, args=(port, results), nprocs=2)
+    (_, *a), (_, *b) = sorted([results.get(), results.get()])
+    assert a == b
+    for got, f in zip(a, (channel_moments, whole_moments)):
+        want = f(torch.arange(60.).view(10, 3, 2))
+        assert got[0] == want.count
+        np.testing.assert_allclose(got[1], want.mean, rtol=1e-6)
+        np.testing.assert_allclose(got[2], want.var, rtol=1e-6)
+
+
+# --- initialization
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -38,6 +77,7 @@ def on_one_process(xb, **kwargs):
     return weights(m)
 
 
+@slow
 @pytest.mark.parametrize('case,options', [('pooled', {}), ('kept_weights', dict(preinit=None)), ('uneven', {}), ('wrapped', {}), ('channels_last', {})])
 def test_as_of_the_pooled_mini_batch_on_one_process(run, case, options):
     a,b = run(case)
@@ -46,16 +86,19 @@ def test_as_of_the_pooled_mini_batch_on_one_process(run, case, options):
         assert torch.allclose(p, q, rtol=1e-4, atol=1e-5)
 
 
+@slow
 def test_a_bad_batch_on_one_rank_ends_both(run):
     (first,kept),(second,kept_too) = run('bad_batch')
     assert 'another rank failed' in first and 'NaN' in second and kept and kept_too
 
 
+@slow
 def test_a_loader_that_fails_on_one_rank_ends_both(run):
     (first,kept),(second,kept_too) = run('one_fails_to_load')
     assert 'another rank failed' in first and 'no such file' in second and kept and kept_too
 
 
+@slow
 @pytest.mark.parametrize('case', ['callback', 'pytorch_loaders'])
 def test_ranks_draw_different_batches(run, case):
     (a,drawn_a,lines_a),(b,drawn_b,lines_b) = run(case)
@@ -65,16 +108,19 @@ def test_ranks_draw_different_batches(run, case):
         assert len(x) == 16 and not set(x) & set(y)  # of the same epoch
 
 
+@slow
 def test_fewer_batches_than_ranks(run):
     (a,lines),(b,_) = run('one_batch_each')
     assert same(a, b) and 'target std' in lines[0]
 
 
+@slow
 def test_what_one_rank_must_not_touch_none_does(run):
     (kept,lines),(kept_too,_) = run('one_was_loaded')
     assert kept and kept_too and 'its weights were loaded' in lines[0]
 
 
+@slow
 def test_fastais_distrib_ctx(run):
     (seen_a,drawn_a,lines_a),(seen_b,drawn_b,lines_b) = run('distrib_ctx')
     assert same(seen_a[0], seen_b[0]), "after LSUV"
