@@ -14,7 +14,9 @@ from fastai_lsuv.preinit import orthogonal_
 # --- orthonormal weights
 
 def test_orthogonal_weights_by_group_and_through_parametrizations():
-    net = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)), torch.nn.utils.weight_norm(nn.Conv2d(8, 4, 1)))
+    weight_norm,old_weight_norm = torch.nn.utils.parametrizations.weight_norm,torch.nn.utils.weight_norm
+    grouped,normed,old = nn.Conv2d(8, 8, 1, groups=2),weight_norm(nn.Conv2d(8, 8, 1)),old_weight_norm(nn.Conv2d(8, 4, 1))
+    net = nn.Sequential(grouped, normed, old)
     init(net, torch.randn(8, 8, 6, 6), order='std')
     for w in (net[0].weight[:4], net[0].weight[4:], net[1].weight, net[2].weight):
         w = w.flatten(1)
@@ -72,7 +74,8 @@ def test_preinit_functions():
         started.append(m)
         nn.init.constant_(m.weight, 1.)
         m.weight.data[0] *= -1
-    net = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), Mod(lambda self, x: self.attn(x, x, x)[0], attn=nn.MultiheadAttention(4, 2, batch_first=True)))
+    attending = Mod(lambda self, x: self.attn(x, x, x)[0], attn=nn.MultiheadAttention(4, 2, batch_first=True))
+    net = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), attending)
     init(net, torch.randn(8, 5, 16), preinit=start)
     assert started == [net[0], net[2].attn.out_proj] and (net[0].weight[0] == -net[0].weight[1]).all()
 
@@ -84,4 +87,5 @@ def test_a_preinit_that_puts_new_parameters_in_place_of_the_old():
         m.weight = nn.Parameter(torch.ones_like(m.weight))
     x = samples()
     assert init(net, x, preinit=start)['0'].status == 'ok'
-    assert net[0].weight is weight and (weight == weight[0, 0]).all() and net(x).std().item() == pytest.approx(1, abs=1e-3)
+    assert net[0].weight is weight and (weight == weight[0, 0]).all()
+    assert net(x).std().item() == pytest.approx(1, abs=1e-3)

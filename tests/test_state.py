@@ -1,4 +1,6 @@
-"What `lsuv_init` and `layer_stats` leave as it was: all but weights and biases when they succeed, all of it when they fail."
+"""What `lsuv_init` and `layer_stats` leave as it was.
+
+That is all but weights and biases when they succeed, and all of it when they fail."""
 import random
 import warnings
 from collections import Counter, OrderedDict, deque
@@ -20,7 +22,8 @@ class Stateful(nn.Module):
     "Everything that a forward pass may leave behind."
     def __init__(self):
         super().__init__()
-        self.conv,self.bn,self.drop,self.frozen_bn = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Dropout(0.3),nn.BatchNorm2d(8)
+        self.conv,self.bn = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8)
+        self.drop,self.frozen_bn = nn.Dropout(0.3),nn.BatchNorm2d(8)
         self.old = torch.nn.utils.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
         self.spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
         self.container = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
@@ -30,7 +33,8 @@ class Stateful(nn.Module):
         self.start,self.started = nn.Parameter(torch.zeros(1, 8, 1, 1)),False  # as an ActNorm takes its start from data
         self.head = nn.Linear(8, 4)
         self.calls,self.log,self.by_name,self.counts,self.last = 0,[],{'std': []},Counter(),deque([0, 0], maxlen=2)
-        self.hidden,self.pair,self.array,self.rng = torch.zeros(2, 1, 8),(torch.zeros(3), [0]),np.zeros(3),random.Random(3)
+        self.hidden,self.pair = torch.zeros(2, 1, 8),(torch.zeros(3), [0])
+        self.array,self.rng = np.zeros(3),random.Random(3)
         self.register_buffer('ema', torch.zeros(8))
         self.register_buffer('mask', torch.ones(8).expand(3, 8))
         self.register_buffer('none', None)
@@ -76,12 +80,15 @@ def test_on_success_nothing_but_weights_and_biases_changes():
     model, x = stateful()
     was, params = fingerprint(model, weights=False), {n: contents(p) for n, p in model.named_parameters()}
     report = quietly(lsuv_init, model, iter([x, x*3]), modules=MODULES)
-    now, changed = fingerprint(model, weights=False), {n for n, p in model.named_parameters() if contents(p) != params[n]}
+    now = fingerprint(model, weights=False)
+    changed = {n for n, p in model.named_parameters() if contents(p) != params[n]}
     del was['old']['weight'], now['old']['weight']  # computed from its parameters
     assert now == was
     units = ('conv.', 'old.', 'container.0.', 'attn.out_proj.', 'head.', 'spectral.')
-    assert changed and all(n.startswith(units) for n in changed) and {'conv.weight', 'old.weight_g', 'container.0.weight', 'head.bias', 'attn.out_proj.weight'} <= changed
-    assert report.n_passes >= 3 and report['conv'].status == 'ok' and [p.requires_grad for p in model.parameters()] == [True]*len(params)
+    assert changed and all(n.startswith(units) for n in changed)
+    assert {'conv.weight', 'old.weight_g', 'container.0.weight', 'head.bias', 'attn.out_proj.weight'} <= changed
+    assert report.n_passes >= 3 and report['conv'].status == 'ok'
+    assert [p.requires_grad for p in model.parameters()] == [True]*len(params)
 
 
 def test_layer_stats_changes_nothing_at_all():
@@ -92,7 +99,10 @@ def test_layer_stats_changes_nothing_at_all():
     assert fingerprint(model) == was
 
 
-@pytest.mark.parametrize('error', [RuntimeError('out of memory'), KeyboardInterrupt(), StopIteration()], ids=lambda e: type(e).__name__)
+ERRORS = [RuntimeError('out of memory'), KeyboardInterrupt(), StopIteration()]
+
+
+@pytest.mark.parametrize('error', ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize('at', [1, 2, 3])
 def test_a_forward_that_fails_in_any_pass(error, at):
     model, x = stateful()
@@ -165,15 +175,21 @@ def test_what_stands_behind_properties_is_put_back_too(layer):
     assert fingerprint(model) == was and float(model[0].bias) == -0.25
 
 
+def hooks_of(model):
+    "The forward hooks of each module, in their order."
+    return [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs))
+            for m in model.modules()]
+
+
 def test_others_hooks_stay_in_place_and_in_order():
     model, x = stateful()
     log = []
     for m in (model, model.conv, model.head):
         m.register_forward_hook(lambda m, a, o: log.append('after'))
         m.register_forward_pre_hook(lambda m, a: log.append('before'))
-    hooks = [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
+    was = hooks_of(model)
     quietly(lsuv_init, model, x, modules=MODULES)
-    assert hooks == [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
+    assert hooks_of(model) == was
     assert log.count('before') == log.count('after') >= 6
 
 
@@ -182,7 +198,8 @@ def test_modes_of_a_mixed_model_and_dropout():
     model.eval()
     model.container.train()
     seen = []
-    model.bn.register_forward_hook(lambda m, a, o: seen.append((m.training, model.drop.p, model.rnn.dropout, model.attn.dropout)))
+    def see(m, args, out): seen.append((m.training, model.drop.p, model.rnn.dropout, model.attn.dropout))
+    model.bn.register_forward_hook(see)
     modes = {n: m.training for n, m in model.named_modules()}
     quietly(lsuv_init, model, x, modules=MODULES)
     assert {n: m.training for n, m in model.named_modules()} == modes and set(seen) == {(True, 0., 0., 0.)}
@@ -192,7 +209,8 @@ def test_modes_of_a_mixed_model_and_dropout():
 def test_gradients_stay():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight.grad = torch.ones(4, 4)
-    assert lsuv_init(model, torch.randn(32, 4)).ok and torch.equal(model[0].weight.grad, torch.ones(4, 4)) and model[0].weight.is_leaf
+    assert lsuv_init(model, torch.randn(32, 4)).ok
+    assert torch.equal(model[0].weight.grad, torch.ones(4, 4)) and model[0].weight.is_leaf
 
 
 def test_global_randomness_is_not_used_without_preinit():
@@ -209,7 +227,8 @@ def test_bringing_lazy_layers_to_life_leaves_the_rest_as_it_was():
         self.hidden += 1
         return self.lin(x)
     model = Mod(forward, lin=nn.LazyLinear(3), log=[], hidden=torch.zeros(2))
-    assert lsuv_init(model, torch.randn(32, 4)).ok and model.log == [] and model.hidden.sum() == 0 and model.training and model.lin.training
+    assert lsuv_init(model, torch.randn(32, 4)).ok
+    assert model.log == [] and model.hidden.sum() == 0 and model.training and model.lin.training
 
 
 def test_in_inference_mode_and_under_no_grad():
@@ -223,20 +242,25 @@ def test_in_inference_mode_and_under_no_grad():
 
 
 def test_a_sparse_input():
-    model = Mod(lambda self, x, adj: self.b(torch.relu(torch.sparse.mm(adj, self.a(x)))), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    def forward(self, x, adj): return self.b(torch.relu(torch.sparse.mm(adj, self.a(x))))
+    model = Mod(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     assert lsuv_init(model, (torch.randn(32, 4), (torch.eye(32) + torch.eye(32).roll(1, 0)).to_sparse())).ok
 
 
 class OddMemory(nn.Module):
-    "Layers whose weights lie in memory in every way: other types, transposed, channels-last, with gaps, expanded, of a few bytes, empty."
+    """Layers whose weights lie in memory in every way.
+
+    They are of other types, transposed, channels-last, with gaps, expanded, of a few bytes, or empty."""
     def __init__(self):
         super().__init__()
         self.cl = nn.Conv2d(3, 7, 3, bias=False).to(memory_format=torch.channels_last)
-        self.transposed,self.gaps,self.f64,self.bf16 = nn.Linear(7, 5),nn.Linear(5, 5),nn.Linear(5, 3).double(),nn.Linear(3, 3).bfloat16()
+        self.transposed,self.gaps = nn.Linear(7, 5),nn.Linear(5, 5)
+        self.f64,self.bf16 = nn.Linear(5, 3).double(),nn.Linear(3, 3).bfloat16()
         self.transposed.weight = nn.Parameter(torch.randn(7, 5).t())
         self.gaps.weight = nn.Parameter(torch.randn(10, 10)[::2, ::2])
         self.bf16.bias = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16).expand(3), requires_grad=False)
-        self.last,self.empty,self.scale = nn.Linear(3, 1),nn.Linear(0, 4),nn.Parameter(torch.randn(2, 5)[:, :1].expand(2, 3), requires_grad=False)
+        self.last,self.empty = nn.Linear(3, 1),nn.Linear(0, 4)
+        self.scale = nn.Parameter(torch.randn(2, 5)[:, :1].expand(2, 3), requires_grad=False)
 
     def forward(self, x):
         x = self.gaps(self.transposed(self.cl(x).mean((2, 3))))
