@@ -34,5 +34,6 @@ def digits():
     "256 of scikit-learn's digits, 28x28 and normalized, and their labels."
     from sklearn.datasets import load_digits
     x, y = load_digits(return_X_y=True)
-    x = torch.nn.functional.interpolate(torch.tensor(x[:256], dtype=torch.float32).view(-1, 1, 8, 8), size=28, mode='bilinear')
+    x = torch.tensor(x[:256], dtype=torch.float32).view(-1, 1, 8, 8)
+    x = torch.nn.functional.interpolate(x, size=28, mode='bilinear')
     return (x - x.mean())/x.std(), torch.tensor(y[:256])

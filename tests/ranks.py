@@ -21,7 +21,9 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, w, self.bias)
 
 
-def model(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), Standardized(8, 8, 3), nn.GELU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(6*6*6, 4))
+def model():
+    first,again,last = nn.Conv2d(3, 8, 3),Standardized(8, 8, 3),nn.Conv2d(8, 6, 3)
+    return nn.Sequential(first, nn.ReLU(inplace=True), again, nn.GELU(), last, nn.Flatten(), nn.Linear(6*6*6, 4))
 
 
 def batch(): return torch.stack([x for x, _ in images()])*2 + 0.5
@@ -44,7 +46,9 @@ def pooled(rank):
 
 @case
 def kept_weights(rank):
-    "Without orthonormal weights, those of rank 0 are what the others start from, as `DistributedDataParallel` would have it."
+    """Without orthonormal weights, those of rank 0 are what the others start from.
+
+    So does `DistributedDataParallel` have it."""
     set_seed(rank)
     m = model()
     lsuv_init(m, batch().chunk(2)[rank], preinit=None)
@@ -157,7 +161,9 @@ def one_fails_to_load(rank):
 
 @case
 def distrib_ctx(rank):
-    "fastai's own way, with accelerate. Its `DistributedDL` sends indices by way of the GPU: on the CPU they stay where they are."
+    """fastai's own way, with accelerate.
+
+    Its `DistributedDL` sends indices by way of the GPU. On the CPU they stay where they are."""
     from fastai.distributed import DistributedDL
     DistributedDL._broadcast = lambda self, t, rank: (dist.broadcast(t := torch.LongTensor(t), rank), t.tolist())[1]
     set_seed(rank)
@@ -175,8 +181,11 @@ def distrib_ctx(rank):
 def main(name, rank, folder):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')  # as torchrun and `accelerate launch` would
-    dist.init_process_group('gloo', rank=rank, world_size=2, init_method=f'file://{folder}/meet', timeout=timedelta(seconds=40))
+    # As torchrun and `accelerate launch` would.
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE='2',
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')
+    meet,patience = f'file://{folder}/meet',timedelta(seconds=40)
+    dist.init_process_group('gloo', rank=rank, world_size=2, init_method=meet, timeout=patience)
     names = list(CASES) if name == 'all' else name.split(',')
     for n in names:
         Seen.indices = []

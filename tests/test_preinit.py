@@ -15,7 +15,8 @@ from fastai_lsuv.preinit import orthogonal_
 
 def test_orthogonal_weights_by_group_and_through_parametrizations():
     weight_norm,old_weight_norm = torch.nn.utils.parametrizations.weight_norm,torch.nn.utils.weight_norm
-    grouped,normed,old = nn.Conv2d(8, 8, 1, groups=2),weight_norm(nn.Conv2d(8, 8, 1)),old_weight_norm(nn.Conv2d(8, 4, 1))
+    grouped,normed = nn.Conv2d(8, 8, 1, groups=2),weight_norm(nn.Conv2d(8, 8, 1))
+    old = old_weight_norm(nn.Conv2d(8, 4, 1))
     net = nn.Sequential(grouped, normed, old)
     init(net, torch.randn(8, 8, 6, 6), order='std')
     for w in (net[0].weight[:4], net[0].weight[4:], net[1].weight, net[2].weight):
