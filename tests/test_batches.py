@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.data.dataloader
-from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelTrainException,
-                           DataLoader, DataLoaders, TfmdDL, before_batch_cb, set_seed)
+from fastai.basics import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
+                           CancelTrainException, DataLoader, DataLoaders, TfmdDL, before_batch_cb, set_seed)
 from fastai.callback.all import MixedPrecision
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.mixup import CutMix, MixUp
@@ -56,7 +56,8 @@ def test_ragged_batches_are_not_gathered_and_this_is_said():
     learn = classifier(LSUVCallback(), clas_bs=3)
     learn.fit(1)
     lines = said(learn)
-    assert lines[0] == 'LSUV: mini-batches of 3 are of different shapes and cannot be gathered to min_samples=16; each is used as it is'
+    assert lines[0] == ('LSUV: mini-batches of 3 are of different shapes and cannot be gathered to min_samples=16; '
+                        'each is used as it is')
     assert len(lines) == 2 and learn.lsuv.report[0].shape[0] == 3
 
 
@@ -78,7 +79,8 @@ def test_a_stream_that_does_not_begin_again():
     items = images(24)
     class Stream:
         def __init__(self):
-            self.it = iter([(torch.stack([x for x, _ in items[i:i+8]]), torch.stack([y for _, y in items[i:i+8]])) for i in (0, 8, 16)])
+            parts = [items[i:i+8] for i in (0, 8, 16)]
+            self.it = iter([(torch.stack([x for x, _ in p]), torch.stack([y for _, y in p])) for p in parts])
         def __iter__(self): return self.it
     learn = learner(DataLoaders(Stream(), Stream()))
     with no_trace(learn):
@@ -133,8 +135,13 @@ def double(self):
 
 
 @pytest.mark.parametrize('outside', [False, True])
-@pytest.mark.parametrize('cb', [Twice, lambda: Twice(20), lambda: Twice(200), lambda: Callback(before_batch=double), lambda: before_batch_cb(lambda self, xb, yb: ((xb[0]*2,), yb))],
-                         ids=['order 0', 'order 20', 'order 200', 'instance', 'before_batch_cb'])
+@pytest.mark.parametrize('cb', [
+    pytest.param(Twice, id='order 0'),
+    pytest.param(lambda: Twice(20), id='order 20'),
+    pytest.param(lambda: Twice(200), id='order 200'),
+    pytest.param(lambda: Callback(before_batch=double), id='instance'),
+    pytest.param(lambda: before_batch_cb(lambda self, xb, yb: ((xb[0]*2,), yb)), id='before_batch_cb'),
+])
 def test_callbacks_change_the_input(cb, outside):
     "Of any order, in a fit and outside, before their `before_fit` has run and after."
     assert scale_seen(cb(), **(dict(max_iter=1) if outside else {})) == pytest.approx(2, abs=0.05)
@@ -171,7 +178,8 @@ def test_in_the_autocast_that_a_callback_enters(outside):
     else:
         learn.fit(1, cbs=Stop())
     assert set(dtypes) == {torch.bfloat16} and not any(loading) and learn.lsuv.report.ok
-    assert not torch.is_autocast_enabled('cpu') and torch.autocast_decrement_nesting() == -1 and torch.autocast_increment_nesting() == 0
+    assert not torch.is_autocast_enabled('cpu')
+    assert torch.autocast_decrement_nesting() == -1 and torch.autocast_increment_nesting() == 0
     assert disturbed(lambda cbs: learner(cbs=[*cbs, Autocast()])) == []
     learn.fit(1, 1e-3)
     assert math.isfinite(learn.recorder.losses[-1])
@@ -214,14 +222,22 @@ def test_a_batch_that_is_cancelled_is_not_used():
     assert learn.lsuv.report.ok
 
 
-@pytest.mark.parametrize('event,error', [('before_batch', CancelBatchException), ('before_batch', CancelTrainException), ('before_batch', CancelEpochException), ('before_train', CancelTrainException),
-                                         ('before_epoch', CancelEpochException), ('before_epoch', CancelFitException), ('before_batch', CancelFitException)])
+@pytest.mark.parametrize('event, error', [
+    ('before_batch', CancelBatchException),
+    ('before_batch', CancelTrainException),
+    ('before_batch', CancelEpochException),
+    ('before_batch', CancelFitException),
+    ('before_train', CancelTrainException),
+    ('before_epoch', CancelEpochException),
+    ('before_epoch', CancelFitException),
+])
 def test_where_nothing_is_trained_nothing_is_initialized(event, error):
     learn = learner(cbs=[LSUVCallback(), Cancels(event, error)])
     w = weights(learn.model)
     learn.fit(1)
     assert same(weights(learn.model), w) and learn.lsuv.report is None
-    assert said(learn) == ['LSUV left the model as it is: the training DataLoader yields no mini-batch, or callbacks cancel them all.']
+    assert said(learn) == ['LSUV left the model as it is: the training DataLoader yields no mini-batch, or callbacks '
+                           'cancel them all.']
     with pytest.raises(ValueError, match='yields no mini-batch'):
         learn.lsuv_init()
 
@@ -236,9 +252,19 @@ def test_only_units_change(kind):
 def test_every_attribute_is_looked_at():
     "The comparison itself: it sees a buffer, a hook, a hidden state, an attribute of a transform, a generator."
     learn = vision()
-    for change in [lambda: learn.model[1].running_mean.add_(1), lambda: learn.model[0].register_forward_hook(print), lambda: setattr(learn.model, 'hidden', 1), lambda: random.random(),
-                   lambda: setattr(learn.dls.train.after_batch.fs[-1], 'do', 'x'), lambda: learn.dls.train.rng.random(), lambda: learn.model[5].eval(), lambda: np.random.rand(),
-                   lambda: torch.rand(1), lambda: learn.recorder.__dict__.update(losses=[1])]:
+    changes = [
+        lambda: learn.model[1].running_mean.add_(1),
+        lambda: learn.model[0].register_forward_hook(print),
+        lambda: setattr(learn.model, 'hidden', 1),
+        lambda: random.random(),
+        lambda: setattr(learn.dls.train.after_batch.fs[-1], 'do', 'x'),
+        lambda: learn.dls.train.rng.random(),
+        lambda: learn.model[5].eval(),
+        lambda: np.random.rand(),
+        lambda: torch.rand(1),
+        lambda: learn.recorder.__dict__.update(losses=[1]),
+    ]
+    for change in changes:
         before = everything(learn)
         change()
         assert changed(before, everything(learn))
@@ -247,7 +273,8 @@ def test_every_attribute_is_looked_at():
 class Restless(Callback):
     "A callback with state of every sort, all of which moves in `before_batch`."
     def __init__(self):
-        self.n,self.total,self.list,self.nested,self.rng,self.numpy,self.helper = 0,torch.zeros(2),[],{'a': [1]},random.Random(0),np.random.default_rng(0),Helper()
+        self.n,self.total,self.list,self.nested = 0,torch.zeros(2),[],{'a': [1]}
+        self.rng,self.numpy,self.helper = random.Random(0),np.random.default_rng(0),Helper()
     def before_epoch(self):
         self.list.append('epoch')
     def before_train(self):
@@ -319,7 +346,8 @@ def test_nothing_is_kept_of_the_batches():
 class Items:
     "A dataset with randomness and state of its own."
     def __init__(self):
-        self.items,self.torch,self.python,self.calls,self.last = images(), torch.Generator(), random.Random(0), Counter(), []
+        self.items,self.torch,self.python = images(),torch.Generator(),random.Random(0)
+        self.calls,self.last = Counter(),[]
     def __len__(self): return len(self.items)
     def __getitem__(self, i):
         if isinstance(i, slice): return self.items[i]
@@ -356,22 +384,43 @@ def fed(make, cbs, **kwargs):
     return learn, fed.seen, (random.getstate(), repr(np.random.get_state()), torch.get_rng_state().tolist())
 
 
-def weighted(cbs=None): return learner(DataLoaders(WeightedDL(images(), wgts=range(1, 65), bs=16), DataLoader(images(), bs=16)), cbs=cbs)
-def partial_epochs(cbs=None): return learner(DataLoaders(PartialDL(images(), partial_n=32, bs=16, shuffle=True), DataLoader(images(), bs=16)), cbs=cbs)
+def weighted(cbs=None):
+    train = WeightedDL(images(), wgts=range(1, 65), bs=16)
+    return learner(DataLoaders(train, DataLoader(images(), bs=16)), cbs=cbs)
+
+
+def partial_epochs(cbs=None):
+    train = PartialDL(images(), partial_n=32, bs=16, shuffle=True)
+    return learner(DataLoaders(train, DataLoader(images(), bs=16)), cbs=cbs)
+
+
 def pytorch_seeded_by_all(cbs=None): return learner(torch_loaders(), cbs=cbs)
 
 
 def one_weighted_sampler(cbs=None):
     sampler = torch.utils.data.WeightedRandomSampler(torch.ones(64), 64, generator=torch.Generator().manual_seed(1))
-    return learner(DataLoaders(torch.utils.data.DataLoader(images(), batch_size=16, sampler=sampler), DataLoader(images(), bs=16)), cbs=cbs)
+    train = torch.utils.data.DataLoader(images(), batch_size=16, sampler=sampler)
+    return learner(DataLoaders(train, DataLoader(images(), bs=16)), cbs=cbs)
 
 
 def mixed_up(cbs=None): return learner(cbs=[*cbs, MixUp()])
 def cut_and_mixed(cbs=None): return learner(cbs=[*cbs, CutMix()])
 
 
-@pytest.mark.parametrize('make', [plain, pytorch, pytorch_seeded_by_all, one_weighted_sampler, vision, language, classifier, tabular, weighted, partial_epochs, mixed_up, cut_and_mixed],
-                         ids=lambda f: f.__name__)
+@pytest.mark.parametrize('make', [
+    plain,
+    pytorch,
+    pytorch_seeded_by_all,
+    one_weighted_sampler,
+    vision,
+    language,
+    classifier,
+    tabular,
+    weighted,
+    partial_epochs,
+    mixed_up,
+    cut_and_mixed,
+], ids=lambda f: f.__name__)
 def test_training_sees_what_it_would_have_seen(make):
     with_it,without = fed(make, [LSUVCallback()]),fed(make, [])
     assert with_it[0].lsuv.report
@@ -381,8 +430,11 @@ def test_training_sees_what_it_would_have_seen(make):
 def with_workers(cbs=None, make=None): return learner(make(num_workers=2), cbs=cbs)
 
 
-@pytest.mark.parametrize('make', [augmented, loaders, partial(torch_loaders, generator=torch.Generator().manual_seed(0))],
-                         ids=['augmented', 'fastai', 'pytorch'])
+@pytest.mark.parametrize('make', [
+    pytest.param(augmented, id='augmented'),
+    pytest.param(loaders, id='fastai'),
+    pytest.param(partial(torch_loaders, generator=torch.Generator().manual_seed(0)), id='pytorch'),
+])
 def test_the_same_with_workers(make):
     state = make.keywords['generator'].get_state() if isinstance(make, partial) else None
     results = []
@@ -415,7 +467,9 @@ def test_what_it_draws_is_what_training_could_see():
 # --- failure at every point
 
 def Trap():
-    "Notes every point of the pass that is come by, and raises at one of them from some time on. (A function, which no snapshot looks into.)"
+    """Notes every point of the pass that is come by, and raises at one of them from some time on.
+
+    It is a function, which no snapshot looks into."""
     def trap(point):
         trap.points.append(point)
         if point == trap.point and len(trap.points) > trap.at: raise trap.error
@@ -480,11 +534,23 @@ def trapped(trap, cbs):
             if not i % 6:
                 trap('dataset')
             return items[i]
-    dls = DataLoaders(TfmdDL(Data(), bs=8, shuffle=True, after_item=[], after_batch=[TrapItem(trap, 'batch transform')]), DataLoader(items[:8], bs=8))
+    train = TfmdDL(Data(), bs=8, shuffle=True, after_item=[], after_batch=[TrapItem(trap, 'batch transform')])
+    dls = DataLoaders(train, DataLoader(items[:8], bs=8))
     dls.train.after_item.add(TrapItem(lambda point: trap(point) if random.random() < 0.1 else None, 'item transform'))
     bn = nn.BatchNorm2d(8)
-    model = nn.Sequential(Traps(trap, 'first'), nn.Conv2d(3, 8, 3), Traps(trap, 'after conv'), bn, nn.ReLU(inplace=True), Standardized(8, 8, 3), Traps(trap, 'after rerun'),
-                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), Traps(trap, 'last'))
+    model = nn.Sequential(
+        Traps(trap, 'first'),
+        nn.Conv2d(3, 8, 3),
+        Traps(trap, 'after conv'),
+        bn,
+        nn.ReLU(inplace=True),
+        Standardized(8, 8, 3),
+        Traps(trap, 'after rerun'),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+        Traps(trap, 'last'),
+    )
     model[1].register_forward_hook(lambda *_: trap('hook of a unit'))
     model[5].register_forward_pre_hook(lambda *_: trap('pre-hook of a unit'))
     bn.register_forward_hook(lambda *_: trap('hook'))
@@ -494,7 +560,8 @@ def trapped(trap, cbs):
     def preinit(layer):
         trap('preinit')
         nn.init.orthogonal_(layer.weight)
-    return learner(dls, model, [LSUVCallback(target_std=std, preinit=preinit, batch_tol=0.02, max_iter=2, min_samples=8), TrapCallback(trap), *cbs])
+    lsuv = LSUVCallback(target_std=std, preinit=preinit, batch_tol=0.02, max_iter=2, min_samples=8)
+    return learner(dls, model, [lsuv, TrapCallback(trap), *cbs])
 
 
 def points():
@@ -508,8 +575,10 @@ def points():
 
 def test_a_failure_anywhere_leaves_everything_as_it_was():
     came_by,clean = points()
-    assert set(came_by) == {'dataset', 'item transform', 'batch transform', 'before_epoch', 'before_train', 'before_batch', 'first', 'after conv', 'after rerun', 'last', 'hook of a unit',
-                            'pre-hook of a unit', 'hook', 'target_std', 'preinit'}
+    assert set(came_by) == {
+        'dataset', 'item transform', 'batch transform', 'before_epoch', 'before_train', 'before_batch', 'first',
+        'after conv', 'after rerun', 'last', 'hook of a unit', 'pre-hook of a unit', 'hook', 'target_std', 'preinit',
+    }
     errors = [RuntimeError('x'), torch.OutOfMemoryError('no memory'), KeyboardInterrupt(), ValueError('y')]
     # each point the first time and the last
     times = {i for p in set(came_by) for at in [[i for i, q in enumerate(came_by) if q == p]] for i in (at[0], at[-1])}

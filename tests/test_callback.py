@@ -6,8 +6,8 @@ import matplotlib
 import pytest
 import torch
 from fastai.basics import Callback, CancelFitException, Learner, Recorder, TrainEvalCallback, set_seed
-from fastai.callback.all import (ActivationStats, ChannelsLast, CSVLogger, GradientAccumulation, GradientClip, MixedPrecision,
-                                 SaveModelCallback, ShowGraphCallback, TerminateOnNaNCallback)
+from fastai.callback.all import (ActivationStats, ChannelsLast, CSVLogger, GradientAccumulation, GradientClip,
+                                 MixedPrecision, SaveModelCallback, ShowGraphCallback, TerminateOnNaNCallback)
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.rnn import ModelResetter
@@ -24,14 +24,17 @@ from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_init
 # --- options
 
 def test_options_reach_lsuv():
-    learn = learner(cbs=LSUVCallback(order='mean std', target_std=2., preinit=None, baseline=True, modules=nn.Linear, per_channel=True))
+    options = dict(order='mean std', target_std=2., preinit=None, baseline=True, modules=nn.Linear, per_channel=True)
+    learn = learner(cbs=LSUVCallback(**options))
     report = learn.lsuv_init()
-    assert [r.kind for r in report] == ['Linear'] and report[0].std == pytest.approx(2, abs=0.2) and report[0].std_before is not None and report.order == 'mean std'
+    assert [r.kind for r in report] == ['Linear'] and report.order == 'mean std'
+    assert report[0].std == pytest.approx(2, abs=0.2) and report[0].std_before is not None
 
 
 def test_lsuv_init_takes_options_in_place_of_the_callbacks():
     learn = learner(cbs=LSUVCallback(target_std=2., min_samples=32))
-    assert learn.lsuv_init(order='mean std').order == 'mean std' and learn.lsuv.report[0].std == pytest.approx(2, abs=0.2)
+    assert learn.lsuv_init(order='mean std').order == 'mean std'
+    assert learn.lsuv.report[0].std == pytest.approx(2, abs=0.2)
     assert learn.lsuv.report[0].shape[0] == 32 and learn.lsuv_init(min_samples=5)[0].shape[0] == 16
     assert learn.lsuv.options['order'] == 'std mean'
 
@@ -50,8 +53,14 @@ def test_lsuv_init_inside_a_fit():
     assert learn.lsuv.report[0].std == pytest.approx(3, abs=0.3) and len(said(learn)) == 2
 
 
-@pytest.mark.parametrize('options,message', [(dict(min_samples=0), 'min_samples'), (dict(min_samples=True), 'min_samples'), (dict(order='std men'), 'men'), (dict(tol=-1), 'tol'),
-                                             (dict(max_iter=0), 'max_iter'), (dict(preinit='kaiming'), 'preinit')])
+@pytest.mark.parametrize('options, message', [
+    (dict(min_samples=0), 'min_samples'),
+    (dict(min_samples=True), 'min_samples'),
+    (dict(order='std men'), 'men'),
+    (dict(tol=-1), 'tol'),
+    (dict(max_iter=0), 'max_iter'),
+    (dict(preinit='kaiming'), 'preinit'),
+])
 def test_options_are_checked_when_given(options, message):
     with pytest.raises(ValueError, match=message):
         LSUVCallback(**options)
@@ -82,7 +91,8 @@ def test_every_kind_of_learner(kind):
 def test_recurrent_state_is_reset_for_training():
     "`ModelResetter` begins training from no state, LSUV or not."
     seen = []
-    learn = language([LSUVCallback(), Around(lambda l: seen.append([h[0].abs().sum().item() for h in l.model[0].hidden]), 10.6)])
+    def see(learn): seen.append([h[0].abs().sum().item() for h in learn.model[0].hidden])
+    learn = language([LSUVCallback(), Around(see, 10.6)])
     learn.fit(1)
     assert seen == [[0., 0.]] and any(isinstance(cb, ModelResetter) for cb in learn.cbs)
 
@@ -104,7 +114,15 @@ def test_a_model_put_in_place_of_another():
     assert [r.name for r in learn.lsuv.report] == ['1']
 
 
-@pytest.mark.parametrize('compile', [lambda m: torch.compile(m, backend='eager'), lambda m: (m.compile(backend='eager'), m)[1]], ids=['torch.compile', 'in place'])
+def compiled_in_place(model):
+    model.compile(backend='eager')
+    return model
+
+
+@pytest.mark.parametrize('compile', [
+    pytest.param(lambda model: torch.compile(model, backend='eager'), id='torch.compile'),
+    pytest.param(compiled_in_place, id='in place'),
+])
 def test_a_compiled_model(compile):
     learn = learner(cbs=LSUVCallback())
     learn.model = compile(learn.model)
@@ -123,7 +141,8 @@ def test_a_model_on_another_device_than_the_data():
 
 
 def test_lazy_layers():
-    learn = learner(model=nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)), cbs=LSUVCallback(), opt_func=lambda *args, **kwargs: None)
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    learn = learner(model=model, cbs=LSUVCallback(), opt_func=lambda *args, **kwargs: None)
     assert learn.lsuv_init().ok
 
 
@@ -154,9 +173,21 @@ def test_an_average_starts_from_the_lsuv_weights():
     assert same(*seen[0]) and learn.lsuv.report
 
 
-@pytest.mark.parametrize('cb', [MixedPrecision, lambda: MixedPrecision(amp_mode='bf16'), ChannelsLast, lambda: GradientAccumulation(32), GradientClip, MixUp, CutMix, TerminateOnNaNCallback,
-                                ActivationStats, lambda: ActivationStats(with_hist=True, every=2), ActivationStatsRecorder, CSVLogger, EMA],
-                         ids=['fp16', 'bf16', 'channels last', 'accumulation', 'clip', 'mixup', 'cutmix', 'nan', 'stats', 'histograms', 'recorder', 'csv', 'ema'])
+@pytest.mark.parametrize('cb', [
+    pytest.param(MixedPrecision, id='fp16'),
+    pytest.param(lambda: MixedPrecision(amp_mode='bf16'), id='bf16'),
+    pytest.param(ChannelsLast, id='channels last'),
+    pytest.param(lambda: GradientAccumulation(32), id='accumulation'),
+    pytest.param(GradientClip, id='clip'),
+    pytest.param(MixUp, id='mixup'),
+    pytest.param(CutMix, id='cutmix'),
+    pytest.param(TerminateOnNaNCallback, id='nan'),
+    pytest.param(ActivationStats, id='stats'),
+    pytest.param(lambda: ActivationStats(with_hist=True, every=2), id='histograms'),
+    pytest.param(ActivationStatsRecorder, id='recorder'),
+    pytest.param(CSVLogger, id='csv'),
+    pytest.param(EMA, id='ema'),
+])
 def test_beside(cb, tmp_path):
     "It runs, leaves no trace, and training goes on."
     def make(cbs):
@@ -175,7 +206,8 @@ def test_beside_what_needs_progress_and_files(tmp_path):
     matplotlib.use('Agg')
     learn = learner(cbs=LSUVCallback())
     learn.path = tmp_path
-    learn.fit(1, 1e-3, cbs=[SaveModelCallback(), TensorBoardCallback(tmp_path/'runs', trace_model=True, log_preds=False), ProgressCallback(), ShowGraphCallback(), CSVLogger()])
+    board = TensorBoardCallback(tmp_path/'runs', trace_model=True, log_preds=False)
+    learn.fit(1, 1e-3, cbs=[SaveModelCallback(), board, ProgressCallback(), ShowGraphCallback(), CSVLogger()])
     assert learn.lsuv.report.ok and (tmp_path/'models'/'model.pth').exists() and list((tmp_path/'runs').iterdir())
     assert (tmp_path/'history.csv').read_text().startswith('epoch,')
 
@@ -252,7 +284,8 @@ def test_a_bar_for_each_long_pass(bars):
     learn = with_progress(cbs=LSUVCallback())
     learn.lsuv_init()
     # the forward that takes the loss of the result measures nothing, and has no bar
-    assert [b.seen for b in bars] == [[0, 1, 2, 3, 'end']]*(learn.lsuv.report.n_passes - 1) and not any(b.leave for b in bars)
+    assert [b.seen for b in bars] == [[0, 1, 2, 3, 'end']]*(learn.lsuv.report.n_passes - 1)
+    assert not any(b.leave for b in bars)
 
 
 def test_no_bar_for_a_short_pass(bars, monkeypatch):
@@ -286,7 +319,8 @@ def test_no_bar_is_left_behind(bars):
 
 def test_fastprogress_itself(monkeypatch, capsys):
     monkeypatch.setattr(fastai_lsuv.callback, '_LONG', -1.)
-    assert with_progress(model=nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(20)], nn.Flatten(), nn.Linear(432, 4)), cbs=LSUVCallback()).lsuv_init().ok
+    model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(20)], nn.Flatten(), nn.Linear(432, 4))
+    assert with_progress(model=model, cbs=LSUVCallback()).lsuv_init().ok
 
 
 def test_what_was_left_alone_is_said():

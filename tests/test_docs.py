@@ -1,4 +1,7 @@
-"The documentation: nothing public without it, README's code runs, notebooks are clean and executed, links lead somewhere, types are right."
+"""The documentation.
+
+Nothing public is without it, README's code runs, notebooks are clean and executed, links lead somewhere, and types are
+right."""
 import importlib.util
 import inspect
 import re
@@ -14,7 +17,10 @@ from fastcore.docments import docments
 import fastai_lsuv
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
+def hidden(path): return any(part[0] in '._' for part in path.relative_to(ROOT).parts)
+
+
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not hidden(p))
 
 
 def script(name):
@@ -49,7 +55,9 @@ def undocumented(f):
 
 def test_every_public_name_and_parameter_has_words(docs):
     names = docs.public_names()
-    assert {*fastai_lsuv.__all__, 'LSUVCallback.reset', 'Learner.lsuv_init', 'LSUVReport.plot', 'LSUVReport.ok', 'ActivationStatsRecorder.diagnose', 'Row'} <= set(names)
+    methods = {'LSUVCallback.reset', 'Learner.lsuv_init', 'LSUVReport.plot', 'LSUVReport.ok',
+               'ActivationStatsRecorder.diagnose', 'Row'}
+    assert {*fastai_lsuv.__all__, *methods} <= set(names)
     assert len(names) > 25
     assert {n: missing for n, f in names.items() if (missing := list(undocumented(f)))} == {}
 
@@ -65,7 +73,8 @@ def test_what_has_no_words_is_found():
 
 
 def test_docstrings_name_their_sources():
-    assert 'Mishkin & Matas' in fastai_lsuv.lsuv_init.__doc__ and 'ICLR 2016' in fastai_lsuv.lsuv_init.__doc__ and 'Raises' in fastai_lsuv.lsuv_init.__doc__
+    for words in ('Mishkin & Matas', 'ICLR 2016', 'Raises'):
+        assert words in fastai_lsuv.lsuv_init.__doc__
     for status in fastai_lsuv.report.STATUSES:
         assert f'"{status}"' in fastai_lsuv.LSUVReport.__doc__
 
@@ -104,7 +113,8 @@ def test_readme_commands():
 
 def test_readme_tables_are_the_benchmarks():
     "The comparison in the README is what `benchmarks/features.py` wrote."
-    written = [line for line in (ROOT/'benchmarks'/'results'/'features.md').read_text().splitlines() if line.startswith('|')]
+    features = (ROOT/'benchmarks'/'results'/'features.md').read_text()
+    written = [line for line in features.splitlines() if line.startswith('|')]
     assert len(written) > 20 and set(written) <= set((ROOT/'README.md').read_text().splitlines())
 
 
@@ -127,31 +137,38 @@ def test_workflows_parse():
 # --- notebooks
 
 def test_all_pages_are_there():
-    assert {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'init', 'callback', 'report'} <= {p.stem for p in NOTEBOOKS}
+    names = {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'init', 'callback', 'report'}
+    assert names <= {p.stem for p in NOTEBOOKS}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_clean_and_executed(path):
     nbio,clean = pytest.importorskip('fastcore.nbio'),pytest.importorskip('nbdev.clean')
     nb = nbio.read_nb(path)
-    assert nb.cells[0].cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S', nb.cells[0].source), "starts with a title and a summary"
+    first = nb.cells[0]
+    assert first.cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S', first.source), "starts with a title and a summary"
     cleaned = deepcopy(nb)
     clean.clean_nb(cleaned)
     assert nbio.nb2str(cleaned) == nbio.nb2str(nb), f"not clean: run `nbdev-clean --fname {path}`"
     outputs = [o for c in nb.cells for o in c.get('outputs', [])]
     assert outputs, "was not executed"
     assert not [o for o in outputs if o.output_type == 'error' or o.get('name') == 'stderr']
-    said = [''.join(o.get('text', '')) + ''.join(''.join(o.get('data', {}).get(k, '')) for k in ('text/plain', 'text/html', 'text/markdown')) for o in outputs]
-    assert not [t for t in said if re.search(r'(^|[\s"\'(])/(home|tmp|opt|work|root|usr|var)/', t)], "an output holds a path of the machine it ran on"
+    kinds = ('text/plain', 'text/html', 'text/markdown')
+    def text(o): return ''.join([*o.get('text', ''), *(t for k in kinds for t in o.get('data', {}).get(k, ''))])
+    said = [text(o) for o in outputs]
+    path = r'(^|[\s"\'(])/(home|tmp|opt|work|root|usr|var)/'
+    assert not [t for t in said if re.search(path, t)], "an output holds a path of the machine it ran on"
     for c in nb.cells:  # a cell that shows something has it shown
-        if c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M) and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M):
+        shown = c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M)
+        if shown and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M):
             assert c.outputs, c.source
 
 
 def test_api_pages_are_of_today(docs):
     "What the pages show of docstrings and comments is what the code says."
     nbio = pytest.importorskip('fastcore.nbio')
-    outputs = [o for p in (ROOT/'nbs'/'api').glob('*.ipynb') for c in nbio.read_nb(p).cells for o in c.get('outputs', [])]
+    cells = [c for p in (ROOT/'nbs'/'api').glob('*.ipynb') for c in nbio.read_nb(p).cells]
+    outputs = [o for c in cells for o in c.get('outputs', [])]
     shown = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
     for name, f in docs.public_names().items():
         f = f.fget if isinstance(f, property) else f
@@ -165,5 +182,6 @@ def test_api_pages_are_of_today(docs):
 def test_types_as_a_consumer_sees_them():
     pytest.importorskip('mypy')
     here = Path('tests')/'typing'
-    run = subprocess.run([sys.executable, '-m', 'mypy', '--config-file', str(here/'mypy.ini'), str(here/'consumer.py')], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'mypy', '--config-file', str(here/'mypy.ini'), str(here/'consumer.py')]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

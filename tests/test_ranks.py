@@ -58,7 +58,8 @@ def run(tmp_path_factory):
     "What each case gave on rank 0 and on rank 1; all of them in one go."
     folder = tmp_path_factory.mktemp('ranks')
     command = [sys.executable, '-W', 'ignore', str(Path(ranks.__file__)), 'all']
-    processes = [subprocess.Popen([*command, str(rank), str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(ranks.__file__).parent) for rank in range(2)]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(ranks.__file__).parent)
+    processes = [subprocess.Popen([*command, str(rank), str(folder)], **options) for rank in range(2)]
     try:
         said = [p.communicate(timeout=240)[0] for p in processes]
     finally:
@@ -78,7 +79,13 @@ def on_one_process(xb, **kwargs):
 
 
 @slow
-@pytest.mark.parametrize('case,options', [('pooled', {}), ('kept_weights', dict(preinit=None)), ('uneven', {}), ('wrapped', {}), ('channels_last', {})])
+@pytest.mark.parametrize('case, options', [
+    ('pooled', {}),
+    ('kept_weights', dict(preinit=None)),
+    ('uneven', {}),
+    ('wrapped', {}),
+    ('channels_last', {}),
+])
 def test_as_of_the_pooled_mini_batch_on_one_process(run, case, options):
     a,b = run(case)
     assert same(a, b)
@@ -125,5 +132,6 @@ def test_fastais_distrib_ctx(run):
     (seen_a,drawn_a,lines_a),(seen_b,drawn_b,lines_b) = run('distrib_ctx')
     assert same(seen_a[0], seen_b[0]), "after LSUV"
     assert same(seen_a[1], seen_b[1]) and not same(seen_a[0], seen_a[1]), "after training"
-    assert [' at the target std' in l for l in lines_a] == [True, False] and 'initialized before' in lines_a[1] and lines_b == []
+    assert [' at the target std' in line for line in lines_a] == [True, False] and 'initialized before' in lines_a[1]
+    assert lines_b == []
     assert drawn_a[0] != drawn_b[0]

@@ -20,7 +20,11 @@ AS_IT_WAS = 'LSUV left the model as it is: '
 def after_lsuv(learn, fit=None):
     "The weights that training starts with."
     seen = []
-    learn.fit(1, 0., cbs=Around(lambda l: seen.append(weights(l.model)), 11)) if fit is None else fit(Around(lambda l: seen.append(weights(l.model)), 11))
+    see = Around(lambda learn: seen.append(weights(learn.model)), 11)
+    if fit is None:
+        learn.fit(1, 0., cbs=see)
+    else:
+        fit(see)
     return seen[-1]
 
 
@@ -101,8 +105,13 @@ def test_a_second_callback_is_refused_and_the_first_stays():
     assert learn.lsuv.report.ok and len(said(learn)) == 1
 
 
-@pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=0.9), Adam, partial(OptimWrapper, opt=torch.optim.SGD), partial(OptimWrapper, opt=torch.optim.AdamW)],
-                         ids=['sgd', 'momentum', 'adam', 'torch sgd', 'torch adamw'])
+@pytest.mark.parametrize('opt_func', [
+    pytest.param(SGD, id='sgd'),
+    pytest.param(partial(SGD, mom=0.9), id='momentum'),
+    pytest.param(Adam, id='adam'),
+    pytest.param(partial(OptimWrapper, opt=torch.optim.SGD), id='torch sgd'),
+    pytest.param(partial(OptimWrapper, opt=torch.optim.AdamW), id='torch adamw'),
+])
 def test_trained_before_it_was_attached(opt_func):
     learn = learner(opt_func=opt_func)
     learn.fit(1)
@@ -121,8 +130,13 @@ def test_trained_by_another_learner():
     left(learner(model=model, cbs=LSUVCallback(force=True)), 'it was initialized before an earlier fit')
 
 
-@pytest.mark.parametrize('look', [lambda l: l.validate(), lambda l: l.get_preds(), lambda l: l.summary(), lambda l: l.get_preds(ds_idx=0), lambda l: l.tta()],
-                         ids=['validate', 'get_preds', 'summary', 'of training data', 'tta'])
+@pytest.mark.parametrize('look', [
+    pytest.param(lambda learn: learn.validate(), id='validate'),
+    pytest.param(lambda learn: learn.get_preds(), id='get_preds'),
+    pytest.param(lambda learn: learn.summary(), id='summary'),
+    pytest.param(lambda learn: learn.get_preds(ds_idx=0), id='of training data'),
+    pytest.param(lambda learn: learn.tta(), id='tta'),
+])
 @pytest.mark.parametrize('how', [dict(), dict(force=True), dict(every_fit=True)], ids=str)
 def test_a_look_at_the_model_is_no_fit(look, how):
     dls = DataLoaders.from_dsets(Split(images()), Split(images()), bs=16)
@@ -215,8 +229,10 @@ def test_another_model_is_another_matter():
 
 
 def test_start_epoch():
-    left(learn := learner(cbs=LSUVCallback()), 'training goes on from epoch 2', lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
-    initialized(learn := learner(cbs=LSUVCallback(force=True)), lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
+    learn = learner(cbs=LSUVCallback())
+    left(learn, 'training goes on from epoch 2', lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
+    forced = learner(cbs=LSUVCallback(force=True))
+    initialized(forced, lambda cb: forced.fit(3, 0., start_epoch=2, cbs=cb))
 
 
 # --- lr_find
@@ -247,7 +263,8 @@ def test_lr_find_leaves_the_lsuv_network(here, opt_func):
     learn.lines.clear()
     w = weights(learn.model)
     assert same(after_lsuv(learn), w)
-    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit, which had no log (`lr_find`, say).']
+    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit, which had no log '
+                           '(`lr_find`, say).']
     left(learn, 'it was initialized before an earlier fit')
 
 
@@ -291,17 +308,22 @@ def test_frozen_when_it_was_attached():
 def hub(monkeypatch):
     "Pretrained weights, without a network."
     import torchvision.models
-    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: pretrained_weights(torchvision.models.resnet18()))
+    def load(*args, **kwargs): return pretrained_weights(torchvision.models.resnet18())
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', load)
 
 
-def small_images(n=8): return DataLoaders(TfmdDL(images(n, size=32), bs=4, shuffle=True, num_workers=0, after_batch=[]), TfmdDL(images(4, size=32), bs=4, num_workers=0))
+def small_images(n=8):
+    train = TfmdDL(images(n, size=32), bs=4, shuffle=True, num_workers=0, after_batch=[])
+    return DataLoaders(train, TfmdDL(images(4, size=32), bs=4, num_workers=0))
 
 
 def test_vision_learner_pretrained(hub, monkeypatch):
     "torchvision's own path; the body is not looked at, so the first block will do."
     from fastai.vision.learner import model_meta
     monkeypatch.setitem(model_meta, resnet18, {**model_meta[resnet18], 'cut': -5})
-    def make(**kwargs): return quiet(vision_learner(small_images(), resnet18, n_out=4, cbs=LSUVCallback(**kwargs), lin_ftrs=[16], loss_func=CrossEntropyLossFlat()))
+    def make(**kwargs):
+        options = dict(n_out=4, lin_ftrs=[16], loss_func=CrossEntropyLossFlat())
+        return quiet(vision_learner(small_images(), resnet18, cbs=LSUVCallback(**kwargs), **options))
     initialized(learn := make(), kept=learn.model[0].parameters())
     learn = make()
     learn.unfreeze()
@@ -313,7 +335,10 @@ def test_vision_learner_pretrained(hub, monkeypatch):
 def test_vision_factories(factory, pretrained):
     def make(**kwargs):
         set_seed(0)
-        return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs), loss_func=lambda p, y: (1 - p.float()).square().mean(), **(dict(lin_ftrs=[16]) if factory is vision_learner else {})))
+        head = dict(lin_ftrs=[16]) if factory is vision_learner else {}
+        def loss(p, y): return (1 - p.float()).square().mean()
+        return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs),
+                             loss_func=loss, **head))
     for unfrozen in False, True:
         learn = make()
         if unfrozen:
@@ -326,7 +351,8 @@ def test_vision_factories(factory, pretrained):
 
 def test_fine_tune(hub):
     set_seed(0)
-    learn = quiet(vision_learner(small_images(), body, n_out=4, lin_ftrs=[16], cbs=LSUVCallback(), loss_func=CrossEntropyLossFlat()))
+    options = dict(n_out=4, lin_ftrs=[16], loss_func=CrossEntropyLossFlat())
+    learn = quiet(vision_learner(small_images(), body, cbs=LSUVCallback(), **options))
     seen = []
     w = weights(learn.model[0])
     learn.fine_tune(1, cbs=Around(lambda l: seen.append(weights(l.model[0]))))
