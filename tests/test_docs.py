@@ -146,7 +146,8 @@ def test_notebook_is_clean_and_executed(path):
     nbio,clean = pytest.importorskip('fastcore.nbio'),pytest.importorskip('nbdev.clean')
     nb = nbio.read_nb(path)
     first = nb.cells[0]
-    assert first.cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S', first.source), "starts with a title and a summary"
+    starts = re.match(r'# \S.*\n\n> \S', first.source)
+    assert first.cell_type == 'markdown' and starts, "starts with a title and a summary"
     cleaned = deepcopy(nb)
     clean.clean_nb(cleaned)
     assert nbio.nb2str(cleaned) == nbio.nb2str(nb), f"not clean: run `nbdev-clean --fname {path}`"

@@ -1,5 +1,7 @@
 "The model's inputs: from tensors, tuples, dicts, lists, streams and DataLoaders."
+import warnings
 from collections import UserDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv.feed import Feed, join
 
 
 class Two(nn.Module):
@@ -95,3 +98,110 @@ def test_lazy_layers_come_to_life_first():
     model.eval()
     rows = init(model, batch)
     assert statuses(rows) == {'0': 'ok', '4': 'ok'} and rows['0'].kind == 'Conv2d' and not model.eval().training
+
+
+# --- a list of tensors
+
+@pytest.mark.parametrize('batches, held', [
+    ([torch.randn(8, 4), torch.arange(8)], 'float32 (8, 4), int64 (8,)'),
+    ([torch.randn(8, 4), torch.randn(8)], 'float32 (8, 4), float32 (8,)'),
+    ([torch.randn(8, 4), torch.randn(8, 4).double()], 'float32 (8, 4), float64 (8, 4)'),
+])
+def test_a_list_of_tensors_of_several_kinds_is_refused(batches, held):
+    model = nn.Linear(4, 8)
+    with pytest.raises(ValueError) as e:
+        lsuv_init(model, batches)
+    assert str(e.value).startswith(f'batches: got a list of tensors of several kinds ({held})') and '`n_inp`' in str(e.value)
+    with pytest.warns(UserWarning) if held.count('4)') == 2 else nullcontext():
+        assert lsuv_init(model, batches, n_inp=1).ok
+
+
+def test_a_list_of_two_tensors_is_two_mini_batches_and_this_is_said():
+    with pytest.warns(UserWarning, match='takes a list of 2 tensors as 2 mini-batches; pass `n_inp`') as said:
+        assert lsuv_init(nn.Linear(4, 8), [torch.randn(64, 4), torch.randn(64, 4)]).n_passes == 2
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize('batches, options', [
+    ([torch.randn(64, 4)], {}),
+    ([torch.randn(64, 4)]*3, {}),
+    ([torch.randn(64, 4), torch.zeros(64, 1)], dict(n_inp=1)),
+    ([torch.randn(64, 4), torch.randn(32, 4)], dict(get_input=lambda b: b)),
+    (((torch.randn(64, 4),), (torch.randn(64, 4),)), dict(get_input=lambda b: b[0])),
+])
+def test_what_is_said_to_be_what_it_is_makes_no_noise(batches, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert lsuv_init(nn.Linear(4, 8), batches, **options).ok
+
+
+# --- mini-batches joined
+
+@pytest.mark.parametrize('parts, joined', [
+    ([torch.ones(2, 3)], torch.ones(2, 3)),
+    ([torch.zeros(2, 3), torch.ones(1, 3)], torch.tensor([[0., 0, 0], [0, 0, 0], [1, 1, 1]])),
+    ([torch.arange(2), torch.arange(3)], torch.tensor([0, 1, 0, 1, 2])),
+])
+def test_joined_tensors(parts, joined):
+    assert torch.equal(join(parts), joined)
+
+
+def test_joined_collections():
+    def batch(n): return {'x': torch.full((n, 2), float(n)), 'more': (torch.full((n,), n), [torch.zeros(n, 1)])}
+    got = join([batch(2), batch(3)])
+    assert got['x'].tolist() == [[2., 2.]]*2 + [[3., 3.]]*3 and got['more'][0].tolist() == [2, 2, 3, 3, 3]
+    assert type(got['more']) is tuple and type(got['more'][1]) is list and got['more'][1][0].shape == (5, 1)
+
+
+@pytest.mark.parametrize('parts', [
+    [torch.ones(2, 3), torch.ones(2, 4)],
+    [torch.ones(2, 3), torch.ones(2)],
+    [torch.tensor(1.), torch.tensor(2.)],
+    [(torch.ones(2, 3), 5), (torch.ones(2, 3), 5)],
+    [(torch.ones(2, 3),), torch.ones(2, 3)],
+    [(torch.ones(2, 3),), (torch.ones(2, 3), torch.ones(2, 3))],
+    [{'a': torch.ones(2)}, {'b': torch.ones(2)}],
+    [torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 4)],
+])
+def test_shapes_that_cannot_be_joined(parts):
+    assert join(parts) is None
+
+
+def numbered(*sizes): return [torch.full((n, 4), float(k)) for k, n in enumerate(sizes)]
+
+
+def firsts(feed): return feed.batch[:, 0].tolist()
+
+
+def test_gather_doubles_the_mini_batch_each_time():
+    with Feed(nn.Linear(4, 2), iter(numbered(2, 1, 1, 1, 3)), None, None) as feed:
+        assert firsts(feed) == [0, 0] and feed.joined == 1
+        assert feed.gather() and firsts(feed) == [0, 0, 1] and feed.joined == 2
+        assert feed.gather() and firsts(feed) == [0, 0, 1, 2, 3] and feed.joined == 4
+        assert feed.gather() and firsts(feed) == [0, 0, 1, 2, 3, 4, 4, 4] and feed.joined == 5  # the stream has ended
+        assert not feed.gather() and len(feed.batch) == 8 and not feed.next()
+
+
+def test_gather_moves_on_where_shapes_differ():
+    batches = [torch.zeros(2, 4, 3), torch.ones(2, 5, 3), torch.full((2, 5, 3), 2.)]
+    with Feed(nn.Linear(3, 2), iter(batches), None, None) as feed:
+        assert feed.gather() and torch.equal(feed.batch, batches[1]) and feed.joined == 1
+        assert feed.gather() and torch.equal(feed.batch, torch.cat(batches[1:])) and feed.joined == 2
+
+
+def test_gather_has_nothing_to_add_to_a_single_mini_batch():
+    x = torch.randn(2, 4)
+    with Feed(nn.Linear(4, 2), x, None, None) as feed:
+        assert not feed.gather() and feed.batch is x and feed.joined == 1
+
+
+def test_gather_goes_round_a_list_again():
+    with Feed(nn.Linear(4, 2), numbered(1, 1, 1), None, None) as feed:
+        assert feed.gather() and firsts(feed) == [0, 1]
+        assert feed.gather() and firsts(feed) == [0, 1, 2, 0]
+
+
+def test_next_moves_on_from_a_joined_mini_batch():
+    with Feed(nn.Linear(4, 2), iter(numbered(1, 1, 1, 1)), None, None) as feed:
+        feed.gather()
+        assert feed.next() and firsts(feed) == [2]

@@ -1,4 +1,5 @@
-"Channel moments against float64 numpy: every layout, dtype and magnitude; pooling; ranks."
+"Moments against float64 numpy, of every layout, dtype and magnitude, pooled, and what they rest on."
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_lsuv.moments import channel_moments, first_tensor, pool, whole_moments
+from fastai_lsuv.moments import Evidence, channel_moments, first_tensor, pool, whole_moments
 
 
 def by_numpy(x, dim):
@@ -185,3 +186,111 @@ def test_first_tensor():
         assert first_tensor(out) is x
     for out in (None, i, 'x', (), {'a': i}):
         assert first_tensor(out) is None
+
+
+# --- evidence
+
+def squares_of_samples(x):
+    "The sum of squares of each sample, in float64."
+    return x.detach().double().reshape(len(x), -1).square().sum(1).numpy()
+
+
+def top_of(x):
+    s = squares_of_samples(x)
+    return s.max()/s.sum()
+
+
+MEMORY = {
+    'contiguous': lambda x: x,
+    'channels last': lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    'samples sliced': lambda x: x.repeat_interleave(2, 0)[::2],
+    'features sliced': lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    'offset': lambda x: torch.cat([x[:1], x])[1:],
+}
+
+
+@given(
+    n=st.integers(1, 40),
+    shape=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    memory=st.sampled_from([*MEMORY]),
+    outlier=st.sampled_from([1., 3., 30.]),
+    seed=st.integers(0, 999),
+)
+def test_top_is_the_largest_share_of_squares_that_a_sample_holds(n, shape, memory, outlier, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(n, *shape, dtype=torch.float64)
+    x = x*(-1)**torch.arange(x.numel()).view(x.shape)  # means near zero, which no centring moves
+    x[seed % n] *= outlier
+    x = MEMORY[memory](x)
+    for m in (whole_moments(x), channel_moments(x), channel_moments(x, by_channel=False)):
+        e = m.evidence
+        assert e.samples == n and e.norm == 1.
+        centred = m.mean.max()**2 > 100*m.var.min()
+        if n > 1 and not centred:
+            assert e.top == pytest.approx(top_of(x), rel=1e-9)
+
+
+@pytest.mark.parametrize('shape', [(16, 3, 32, 32), (8, 64, 24, 24), (4, 3, 224, 224), (32, 2048), (32, 1023), (32, 1025)])
+@pytest.mark.parametrize('memory', ['contiguous', 'channels last', 'samples sliced'])
+def test_top_of_large_samples(shape, memory):
+    x = torch.randn(shape)
+    x[3] *= 4
+    x = MEMORY[memory](x)
+    for m in (whole_moments(x), channel_moments(x), channel_moments(x, by_channel=False)):
+        assert m.evidence.samples == len(x) and m.evidence.top == pytest.approx(top_of(x), rel=1e-4)
+
+
+def test_top_of_samples_that_no_rows_divide_is_off_by_a_row_at_most():
+    n,size,row = 8,12289,1024  # a prime
+    x = torch.randn(n, size)
+    x[3] *= 4
+    s = squares_of_samples(x)
+    of_a_row = x[3].double().square().mean().item()*row
+    assert abs(whole_moments(x).evidence.top - s.max()/s.sum()) < 1.1*of_a_row/s.sum()
+
+
+@pytest.mark.parametrize('shape', [(5000, 1), (5000, 7), (10_000, 64), (20_000, 3, 2), (5000, 300)])
+def test_top_of_thousands_of_samples_is_that_of_a_few_neighbours_at_most(shape):
+    "Rows of memory hold several small samples: the share is at least the sample's, and at most its neighbourhood's."
+    x = torch.randn(shape)
+    x[4321] *= 500
+    s = squares_of_samples(x)
+    for m in (whole_moments(x), channel_moments(x), channel_moments(x, by_channel=False)):
+        assert m.evidence.samples == len(x)
+        assert top_of(x)*(1 - 1e-5) <= m.evidence.top <= s[4321 - 256:4321 + 256].sum()/s.sum()*(1 + 1e-5)
+
+
+def test_an_outlier_beside_a_mean_that_dwarfs_the_std():
+    "Squares are taken about the mean there."
+    x = torch.randn(16, 64)
+    x[5] *= 100
+    assert whole_moments(x + 1000).evidence.top == pytest.approx(top_of(x - x.mean()), rel=1e-3)
+    assert channel_moments(x + 1000).evidence.top == pytest.approx(top_of(x - x.mean(0)), rel=1e-3)
+
+
+@pytest.mark.parametrize('x, samples', [
+    (torch.tensor(2.), 1),
+    (torch.randn(1, 3, 4), 1),
+    (torch.zeros(5, 3), 5),
+    (torch.randn(6, 4).t().contiguous().t(), 6),  # samples do not come one after the other in memory
+])
+def test_no_sample_holds_a_share_where_none_can_be_told(x, samples):
+    for f in (whole_moments, channel_moments) if x.dim() > 1 else (whole_moments,):
+        assert f(x).evidence == Evidence(samples, 0., 1.)
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.sampled_from([*FORMS]), st.integers(0, 999))
+def test_pool_adds_up_evidence(parts, form, seed):
+    torch.manual_seed(seed)
+    xs = [torch.randn(n, 3, 4, dtype=torch.float64)*(i + 1) for i, n in enumerate(parts)]
+    xs[seed % len(xs)][1] *= 9
+    xs = [torch.cat([x, -x], -1) for x in xs]  # each channel of each sample has a mean of 0
+    moments = [replace(m, evidence=replace(m.evidence, norm=1/(i + 1))) for i, m in enumerate(map(FORMS[form], xs))]
+    e = pool(moments).evidence
+    assert e.samples == sum(parts) and e.norm == 1/len(parts)
+    assert e.top == pytest.approx(top_of(torch.cat(xs)), rel=1e-9)
+
+
+def test_pool_of_what_does_not_vary():
+    zeros = whole_moments(torch.zeros(4, 3))
+    assert pool([zeros, zeros]).evidence == Evidence(8, 0., 1.)

@@ -1,4 +1,8 @@
 "What `lsuv_init` is told: options it takes, and those it refuses."
+import warnings
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from checked import init, samples
@@ -7,6 +11,8 @@ from networks import Logged, Mod
 from torch import nn
 
 from fastai_lsuv import lsuv_init
+from fastai_lsuv.options import Options
+from fastai_lsuv.units import Target, Unit
 
 
 # --- what is refused
@@ -76,6 +82,67 @@ def test_bad_arguments_are_named_before_anything_is_changed(name, value, error):
         lsuv_init(model, **{'batches': X, name: value})
     assert str(e.value).startswith(name) and any(w in str(e.value) for w in ('takes', 'holds no'))
     assert fingerprint(model) == was
+
+
+@pytest.mark.parametrize('name, value', [
+    ('tol', np.bool_(True)),
+    ('max_iter', np.bool_(True)),
+    ('target_mean', np.array(1.)),
+    ('target_std', torch.tensor(1.)),
+    ('tol', 1 + 0j),
+    ('max_iter', np.float64(3)),
+])
+def test_numbers_of_other_kinds_that_are_refused(name, value):
+    with pytest.raises((TypeError, ValueError), match=f'^{name}: got '):
+        lsuv_init(Logged(), X, **{name: value})
+
+
+# --- what is taken
+
+@pytest.mark.parametrize('options', [
+    dict(target_mean=np.float32(0.5), target_std=np.float64(2.)),
+    dict(target_mean=np.int64(1), target_std=np.int32(2)),
+    dict(target_mean=Fraction(1, 2), target_std=Fraction(2)),
+    dict(target_mean=-1, target_std=3),
+])
+def test_numbers_of_any_kind_are_targets(options):
+    model,x = nn.Linear(4, 8),torch.randn(64, 4)
+    assert lsuv_init(model, x, tol=np.float32(1e-3), batch_tol=np.float64(0.1), max_iter=np.int64(3), **options).ok
+    assert model(x).mean().item() == pytest.approx(float(options['target_mean']), abs=2e-3)
+    assert model(x).std().item() == pytest.approx(float(options['target_std']), abs=2e-3)
+
+
+def test_n_inp_may_be_numpys():
+    x = torch.randn(64, 4)
+    assert lsuv_init(nn.Linear(4, 8), (x, x), n_inp=np.int64(1)).ok
+
+
+def test_options_hold_what_was_given_and_no_more():
+    given = dict(order='std', modules=None, preinit=None, target_mean=0., target_std=2., tol=0.01, batch_tol=0.2,
+                 max_iter=3, per_channel=True, baseline=False)
+    assert vars(Options.of(dict(given, model=1, loss=None))) == given
+    target = Options.of(given).target(Unit('lin', nn.Linear(2, 2)))
+    assert target == Target((('std',),), 0., 2., 0.01, 0.2, True)
+
+
+@pytest.mark.parametrize('order', ['std', 'std std'])
+def test_a_target_mean_without_a_mean_loop_warns(order):
+    with pytest.warns(UserWarning) as said:
+        assert lsuv_init(nn.Linear(4, 8), X, order=order, target_mean=0.5)[0].status == 'ok'
+    assert [str(w.message) for w in said] == [f"target_mean: got 0.5 with order={order!r}, which has no mean loop and "
+                                              "does not aim at it; add 'mean' to the order"]
+
+
+@pytest.mark.parametrize('options', [
+    dict(order='std'),
+    dict(order='std', target_mean=0),
+    dict(order='std mean', target_mean=0.5),
+    dict(order='mean+std', target_mean=0.5),
+])
+def test_no_warning_where_the_target_mean_is_aimed_at_or_zero(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        lsuv_init(nn.Linear(4, 8), torch.randn(64, 4), **options)
 
 
 # --- targets
