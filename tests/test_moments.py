@@ -230,7 +230,14 @@ def test_top_is_the_largest_share_of_squares_that_a_sample_holds(n, shape, memor
             assert e.top == pytest.approx(top_of(x), rel=1e-9)
 
 
-@pytest.mark.parametrize('shape', [(16, 3, 32, 32), (8, 64, 24, 24), (4, 3, 224, 224), (32, 2048), (32, 1023), (32, 1025)])
+@pytest.mark.parametrize('shape', [
+    (16, 3, 32, 32),
+    (8, 64, 24, 24),
+    (4, 3, 224, 224),
+    (32, 2048),
+    (32, 1023),
+    (32, 1025),
+])
 @pytest.mark.parametrize('memory', ['contiguous', 'channels last', 'samples sliced'])
 def test_top_of_large_samples(shape, memory):
     x = torch.randn(shape)
