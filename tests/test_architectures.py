@@ -1,4 +1,4 @@
-"Every network of the table, layer by layer: what the report says, judged by hooks that know nothing of the package."
+"What the report says of each layer of every network, judged by hooks that know nothing of the package."
 from __future__ import annotations
 
 import warnings

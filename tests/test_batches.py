@@ -143,13 +143,13 @@ def double(self):
     pytest.param(lambda: before_batch_cb(lambda self, xb, yb: ((xb[0]*2,), yb)), id='before_batch_cb'),
 ])
 def test_callbacks_change_the_input(cb, outside):
-    "Of any order, in a fit and outside, before their `before_fit` has run and after."
+    "They may be of any order, in a fit and outside, before their `before_fit` has run and after."
     assert scale_seen(cb(), **(dict(max_iter=1) if outside else {})) == pytest.approx(2, abs=0.05)
     assert scale_seen() == pytest.approx(1, abs=0.05)
 
 
 class Autocast(Callback):
-    "Mixed precision on the CPU, as fastai's on CUDA: entered before a batch, left after the loss."
+    "Mixed precision on the CPU, as fastai's on CUDA. It is entered before a batch and left after the loss."
     order = MixedPrecision.order
     def before_batch(self):
         self.autocast = torch.autocast('cpu', dtype=torch.bfloat16)
@@ -186,7 +186,7 @@ def test_in_the_autocast_that_a_callback_enters(outside):
 
 
 class AutocastAll(Callback):
-    "Entered for a whole epoch."
+    "Mixed precision that is entered for a whole epoch."
     def before_train(self):
         torch.autocast('cpu', dtype=torch.bfloat16).__enter__()
     def before_batch(self):
@@ -250,7 +250,7 @@ def test_only_units_change(kind):
 
 
 def test_every_attribute_is_looked_at():
-    "The comparison itself: it sees a buffer, a hook, a hidden state, an attribute of a transform, a generator."
+    "The comparison itself sees a buffer, a hook, a hidden state, an attribute of a transform and a generator."
     learn = vision()
     changes = [
         lambda: learn.model[1].running_mean.add_(1),
@@ -271,7 +271,7 @@ def test_every_attribute_is_looked_at():
 
 
 class Restless(Callback):
-    "A callback with state of every sort, all of which moves in `before_batch`."
+    "A callback with state of every sort. All of it moves in `before_batch`."
     def __init__(self):
         self.n,self.total,self.list,self.nested = 0,torch.zeros(2),[],{'a': [1]}
         self.rng,self.numpy,self.helper = random.Random(0),np.random.default_rng(0),Helper()
@@ -458,7 +458,7 @@ def test_two_runs_with_one_seed(kind):
 
 
 def test_what_it_draws_is_what_training_could_see():
-    "Crops and augmentations are at work: the size is that which the batch transforms make."
+    "Crops and augmentations are at work. The size is what the batch transforms make."
     learn = vision(LSUVCallback())
     learn.lsuv_init()
     assert learn.lsuv.report[0].shape[-1] == 10 and learn.lsuv.report[0].shape[0] == 16

@@ -133,7 +133,7 @@ def test_a_compiled_model(compile):
 
 
 def test_a_model_on_another_device_than_the_data():
-    "It is run where it is. (`meta` holds no numbers, so it is only the move that is tested.)"
+    "It is run where it is. `meta` holds no numbers, so this tests only the move."
     learn = learner(cbs=LSUVCallback())
     learn.dls.device = torch.device('meta')
     learn.dls.train.device = None
@@ -157,7 +157,7 @@ def test_removed_and_added_again():
 # --- beside other callbacks
 
 class EMA(Callback):
-    "As fastxtend's: averages the weights in a copy of the model that it makes in `before_fit`."
+    "It averages the weights in a copy of the model that it makes in `before_fit`, as fastxtend's does."
     order = 11
     def before_fit(self):
         self.copy = deepcopy(self.model)
@@ -214,7 +214,7 @@ def test_beside_what_needs_progress_and_files(tmp_path):
 
 @pytest.mark.parametrize('hooked', [ActivationStats, ActivationStatsRecorder])
 def test_hooks_that_change_nothing_cost_no_second_run(hooked):
-    "A layer that is watched is still solved in closed form: it runs once a pass."
+    "A layer that is watched is still solved in closed form, and runs once a pass."
     calls = []
     learn = learner(cbs=[hooked(), LSUVCallback()])
     learn.model[3].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -303,7 +303,7 @@ def test_no_bar_where_none_is_wanted(bars, without):
 
 
 def test_no_bar_is_left_behind(bars):
-    "By a pass that fails, nor by one that does not call every layer."
+    "A pass that fails leaves none, nor does one that does not call every layer."
     learn = with_progress(cbs=LSUVCallback())
     hook = learn.model[4].register_forward_hook(lambda *_: 1/0)
     with pytest.raises(ZeroDivisionError):

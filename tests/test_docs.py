@@ -104,7 +104,7 @@ def test_readme_code_runs(tmp_path, monkeypatch, axes):
 
 
 def test_readme_commands():
-    "The two commands are the ones that CI runs: each between its markers, one line."
+    "The two commands are the ones that CI runs. Each is one line between its markers."
     text = (ROOT/'README.md').read_text()
     for name in 'demo', 'tests':
         assert re.search(rf'<!-- {name} -->\n```bash\n[^\n]+\n```\n<!-- end -->', text)

@@ -1,4 +1,4 @@
-"The order mini-language, and the loops on made-up meters."
+"The words of an order, and the loops on made-up meters."
 import numpy as np
 import pytest
 import torch

@@ -119,7 +119,7 @@ def assert_same(a, b, close=1e-9):
 
 
 def against_reference(model, batch, order, close=1e-9, modules=None, **kwargs):
-    "Initialize two copies of `model`; returns the report."
+    "Initialize two copies of `model`, compare them, and return the report."
     other = deepcopy(model)
     pairs = reference_init(other, *batch, order=order, **({} if modules is None else dict(modules=modules)), **kwargs)
     options = {dict(mean='target_mean', std='target_std').get(k, k): v for k, v in kwargs.items()}
@@ -259,7 +259,7 @@ def test_orthogonal_start():
 # --- the documents' picture
 
 def test_the_threads_picture(digits):
-    "Notebook order leaves the means well off zero with std 1; every other order with both words brings both there."
+    "Notebook order leaves the means well off zero. Every other order with both words brings mean and std there."
     start = lambda m: (nn.init.kaiming_normal_(m.weight), nn.init.zeros_(m.bias))  # as the notebook starts
     def pairs(order, layer, seed):
         torch.manual_seed(seed)
@@ -278,7 +278,7 @@ def test_the_threads_picture(digits):
 
 
 def test_where_no_loop_scales_the_mean_decides():
-    "Std is what it is then, and none of its business."
+    "The std is left as it is."
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     report = lsuv_init(model, torch.randn(64, 8), order='mean', preinit=None)

@@ -258,7 +258,7 @@ def test_top_of_samples_that_no_rows_divide_is_off_by_a_row_at_most():
 
 @pytest.mark.parametrize('shape', [(5000, 1), (5000, 7), (10_000, 64), (20_000, 3, 2), (5000, 300)])
 def test_top_of_thousands_of_samples_is_that_of_a_few_neighbours_at_most(shape):
-    "Rows of memory hold several small samples: the share is at least the sample's, and at most its neighbourhood's."
+    "A row of memory holds several small samples. The share is the sample's at least, and with its neighbours at most."
     x = torch.randn(shape)
     x[4321] *= 500
     s = squares_of_samples(x)

@@ -27,7 +27,7 @@ def test_orthogonal_weights_by_group_and_through_parametrizations():
 
 @pytest.mark.parametrize('narrow', ['', 'autocast', 'medium'])
 def test_small_orthogonal_weights_are_those_of_torch(narrow):
-    "Wide and tall ones and nearly square, and where products are taken in half precision."
+    "They are wide, tall and nearly square. Products may be taken in half precision."
     precision = torch.get_float32_matmul_precision()
     try:
         if narrow == 'medium':
@@ -45,7 +45,7 @@ def test_small_orthogonal_weights_are_those_of_torch(narrow):
 
 
 def test_a_parametrization_whose_inverse_fails():
-    "It may refuse a weight; any other error is the user's to see, and nothing is changed."
+    "It may refuse a weight. Any other error is the user's to see, and nothing is changed."
     class Halves(nn.Module):
         def __init__(self, error):
             super().__init__()

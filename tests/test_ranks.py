@@ -1,4 +1,4 @@
-"Two processes that talk over gloo: statistics are pooled, and both compute the same weights, bit for bit."
+"Two processes talk over gloo. Statistics are pooled, and both compute the same weights, bit for bit."
 import socket
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_ranks_pool_to_the_same_bits():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-    "What each case gave on rank 0 and on rank 1; all of them in one go."
+    "What each case gave on rank 0 and on rank 1. All of them run in one go."
     folder = tmp_path_factory.mktemp('ranks')
     command = [sys.executable, '-W', 'ignore', str(Path(ranks.__file__)), 'all']
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(ranks.__file__).parent)

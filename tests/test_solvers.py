@@ -194,7 +194,7 @@ class Layer(nn.Sequential):
 
 
 class Energy(nn.Module):
-    "A net whose forward takes the gradient of what it puts out, as a force field does; in training, a graph of it too."
+    "A net whose forward takes the gradient of what it puts out, as a force field does. In training it keeps its graph."
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net

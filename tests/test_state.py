@@ -284,7 +284,7 @@ def test_weights_in_any_kind_of_memory_are_put_back():
 
 
 def test_a_sparse_weight():
-    "It is changed, or put back when anything is raised."
+    "It is changed. It is put back when anything is raised."
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     w = nn.Parameter(model[0].weight.detach().relu().to_sparse_csr())
     model[0].weight = w
@@ -349,7 +349,7 @@ REFUSERS = {'frozen dict': lambda: FrozenDict({f'k{i}': i for i in range(29)}), 
 @pytest.mark.parametrize('fails', [False, True])
 @pytest.mark.parametrize('kind', REFUSERS)
 def test_an_attribute_that_refuses_writes(kind, fails):
-    "It made `lsuv_init` raise, left the config empty and the weights changed."
+    "It must not make `lsuv_init` raise, nor leave the config empty and the weights changed."
     model, x = stateful()
     model.conv.refuser = model.refuser = refuser = REFUSERS[kind]()
     def add(m, args, out):
@@ -372,7 +372,7 @@ def test_an_attribute_that_refuses_writes(kind, fails):
 
 
 def beside(e):
-    "What is told beside an exception: in its notes or, before Python 3.11, as its context."
+    "What is told beside an exception, in its notes or, before Python 3.11, as its context."
     return ''.join(getattr(e, '__notes__', [])) + str(e.__context__)
 
 
@@ -464,7 +464,7 @@ def test_large_parameters_that_are_only_read_are_not_named():
 
 
 class Behind:
-    "A value behind something: how often it was assigned is counted."
+    "A value behind something. It counts how often it was assigned."
     def __init__(self, value):
         self.value, self.assigned = value, 0
     def copy(self): return self.value.clone() if isinstance(self.value, torch.Tensor) else self.value
@@ -523,7 +523,7 @@ def test_a_million_entries_and_a_plain_object():
 
 
 def test_gradients_are_those_from_before():
-    "Of a model that calls `backward` in its forward, too."
+    "So it is where a model calls `backward` in its forward."
     class Backward(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"Weights that mean something are not overwritten: each case says so in one line, and each can be overridden."
+"Weights that mean something are not overwritten. Each case says so in one line, and can be overridden."
 import pickle
 from contextlib import nullcontext
 from copy import deepcopy
@@ -122,7 +122,7 @@ def test_trained_before_it_was_attached(opt_func):
 
 
 def test_trained_by_another_learner():
-    "As when a model is trained on at a larger size."
+    "This happens where a model is trained on at a larger size."
     model = cnn()
     learner(model=model).fit(1)
     left(learner(model=model, cbs=LSUVCallback()), 'it has been trained')
@@ -202,7 +202,7 @@ def test_a_pretrained_model_whose_norms_have_no_bias():
 
 
 def test_norms_that_look_learned_and_are_not():
-    "DCGAN's start from normal weights and zero biases; a model that was run in training mode has statistics."
+    "DCGAN's start from normal weights and zero biases. A model that was run in training mode has statistics."
     model = cnn()
     nn.init.normal_(model[1].weight, 1., 0.02)
     model(torch.randn(8, 3, 12, 12))
@@ -438,7 +438,7 @@ def test_loaded_then_copied(here):
 
 @pytest.mark.parametrize('preinit', ['orthogonal', None])
 def test_initialized_by_hand(preinit):
-    "What the user has made of the weights is not made again; an attempt that failed has made nothing."
+    "What the user has made of the weights is not made again. An attempt that failed has made nothing."
     def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 32), nn.ReLU(), nn.Linear(32, 4))
     learn = learner(model=mlp(), cbs=LSUVCallback())
     lsuv_init(learn.model, learn.dls.train, preinit=preinit)

@@ -11,7 +11,7 @@ from fastai_lsuv import lsuv_init
 
 
 def test_a_weight_behind_a_property():
-    "Two of them: the numbers that a property makes are new each time, and may lie where another's lay."
+    "The numbers that a property makes are new each time, and may lie where another's lay."
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
