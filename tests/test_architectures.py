@@ -30,6 +30,8 @@ def judge(model, batch):
                     setattr(m, p, 0.)
         if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
             m.dropout = 0.
+        if hasattr(m, 'drop_rate'):
+            m.drop_rate = 0.  # timm's models hand it to `F.dropout`
     inside = {c for m in model.modules() if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
     seen = {}
     def see(name):
