@@ -136,7 +136,8 @@ def _without(function: Callable, name: str, position: int, value: Any) -> Callab
 
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
             F.multi_head_attention_forward)
-_TORCH_DROPOUT = (torch.dropout, torch.dropout_, torch.feature_dropout, torch.native_dropout)
+_TORCH_DROPOUT = (torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_, torch.alpha_dropout,
+                  torch.alpha_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_, torch.native_dropout)
 _HANDLERS: dict[Callable, Callable] = {
     **{f: _not_training(f) for f in _DROPOUT},
     **{f: _without(f, 'train', 2, False) for f in _TORCH_DROPOUT},

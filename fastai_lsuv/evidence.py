@@ -31,9 +31,9 @@ _ALIKE_INPUTS = 0.02
 _MOST_GAIN,_FEW_FEATURES = 2.,64
 # The largest factor that alike samples are trusted with,
 _MOST_GAIN_ALIKE = 8.
-# and that a unit needs behind a norm layer, from an orthonormal weight. Over 1,370 units of the networks in the tests, the
-# largest is 21.
-_MOST_GAIN_NORMED = 30.
+# and that a unit needs behind a norm layer, from an orthonormal weight. Of 1,370 units of the networks in the tests, all but
+# one need at most 21; a mean over 32x32 positions may need 32.
+_MOST_GAIN_NORMED = 100.
 # Standard errors that a mean may be off its target, at the most that samples can differ.
 _ERRORS = 3.
 

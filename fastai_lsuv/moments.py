@@ -19,6 +19,8 @@ __all__ = ['Evidence', 'Moments', 'whole_moments', 'channel_moments', 'pool', 'f
 
 # `E[x**2] - mean**2` loses digits where mean**2 exceeds this many variances. The moments are then taken again, centred.
 _CENTRE_ABOVE = 100.
+# Squares about zero are as good as those about the mean unless mean**2 exceeds this share of the variance.
+_MATTERS = 0.04
 # A plane of fewer elements takes longer to begin with than to sum.
 _SMALL = 128
 # Elements whose squares are summed in float32. Such sums are added up in double.
@@ -31,7 +33,7 @@ _MANY_SAMPLES = 2**12
 class Evidence:
     "What moments rest on."
     samples: int = 1  # Samples in the mini-batch: the size of dimension 0
-    top: float = 0.  # Share of the activation's squares that one sample holds, the largest
+    top: float = 0.  # Share of the variance that rests on one sample, the largest
     spread: float = 1.  # Smallest share of spread that a norm layer before it has seen (see `conditions.NormWatch`)
     normed: bool = False  # Whether a norm layer has run before it
     alike: bool = False  # Whether the samples of the mini-batch are alike
@@ -125,10 +127,19 @@ def _norms(f: Tensor, row: int, acc: torch.dtype) -> Tensor:
     return torch.cat([q, torch.linalg.vector_norm(f[whole:], dtype=acc)[None]])
 
 
-def _evidence(x: Tensor, squares: np.ndarray, row: int) -> Evidence:
-    "What the moments of `x` rest on, from the sums of squares of its rows in the order of memory."
+def _evidence(
+    x: Tensor,
+    squares: np.ndarray,  # Sums of squares of its rows, in the order of memory
+    row: int,  # Elements in a row
+    mean: float,  # Of all elements
+    var: float  # Of all elements
+) -> Evidence:
+    "What the moments of `x` rest on."
     n = len(x) if x.dim() else 1
     if n == 1 or x.stride(0) != max(x.stride()): return Evidence(n)
+    if mean*mean > _MATTERS*var:  # the squares are to be those about the mean
+        acc = torch.promote_types(x.dtype, torch.float32)
+        squares = np.square(_norms(flat(x).to(acc) - mean, row, acc).double().cpu().numpy())
     size = x.numel()//n
     if row < size:  # several rows a sample
         squares = np.bincount(np.arange(len(squares))*row//size, weights=squares, minlength=n)
@@ -158,7 +169,8 @@ def whole_moments(
             centre = torch.tensor(mean, dtype=acc).item()
             rest,var,squares = take(f.to(acc) - centre)
             mean = centre + rest
-        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row))
+            return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, rest, var))
+        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, mean, var))
 
 
 def _channel_sums(x: Tensor, dim: int, acc: torch.dtype) -> Tensor:
@@ -213,9 +225,9 @@ def channel_moments(
             shape = [1]*x.dim()
             shape[dim] = c
             centre = torch.from_numpy(mean).to(acc)
-            rest,var,_,squares = take(x.to(acc) - centre.to(x.device).reshape(shape))
+            rest,var,*_ = take(x.to(acc) - centre.to(x.device).reshape(shape))
             mean = centre.double().numpy() + rest
-        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row))
+        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, mean.mean(), var.mean() + mean.var()))
 
 
 def pool(

@@ -1,19 +1,24 @@
 "Whether statistics mean anything, from what they rest on."
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from fastai_lsuv.evidence import ALIKE_SPREAD, Doubt, doubt, mean_tolerance, varies
-from fastai_lsuv.moments import Evidence, channel_moments, whole_moments
+from fastai_lsuv.evidence import ALIKE_SPREAD, Doubt, doubt, mean_tolerance, samples_alike, varies
+from fastai_lsuv.moments import Evidence, Moments, channel_moments, whole_moments
+
+
+def resting_on(samples, top=0., spread=1., features=100, **told):
+    "Moments that rest on this evidence."
+    return Moments(samples*features, np.float64(0), np.float64(1), Evidence(samples, top, spread, **told))
 
 
 # --- one sample that carries the std
 
 @pytest.mark.parametrize('samples, top, says', [
     (1, 1., ''),  # one sample has nothing to be compared with
-    (2, 0.9991, ''),
-    (2, 0.9992, 'outlier'),
+    (3, 1., ''),  # nor do three tell
     (4, 0.9947, ''),
     (4, 0.9949, 'outlier'),
     (8, 0.9756, ''),
@@ -29,10 +34,10 @@ from fastai_lsuv.moments import Evidence, channel_moments, whole_moments
 ])
 def test_the_share_that_makes_an_outlier(samples, top, says):
     for needed in (0.1, 1., 10.):
-        assert doubt(Evidence(samples, top), needed) == says
+        assert doubt(resting_on(samples, top), needed) == says
 
 
-@pytest.mark.parametrize('samples, ratio', [(2, 24.), (4, 12.), (8, 6.), (16, 3.), (64, 3.), (500, 3.)])
+@pytest.mark.parametrize('samples, ratio', [(4, 12.), (8, 6.), (16, 3.), (64, 3.), (500, 3.)])
 @pytest.mark.parametrize('moments', [channel_moments, whole_moments])
 def test_an_outlier_makes_the_std_so_many_times_that_of_the_others(samples, ratio, moments):
     "The std of all, over that of the others, is what the share stands for."
@@ -41,7 +46,7 @@ def test_an_outlier_makes_the_std_so_many_times_that_of_the_others(samples, rati
     for off, says in ((0.99, ''), (1.01, 'outlier')):
         x[0] = one[0]*math.sqrt(samples*(off*ratio)**2 - (samples - 1))
         assert (x.std(correction=0)/x[1:].std(correction=0)).item() == pytest.approx(off*ratio)
-        assert doubt(moments(x).evidence, 1.) == says
+        assert doubt(moments(x), 1.) == says
 
 
 # --- samples that are alike behind a norm layer
@@ -58,15 +63,54 @@ def test_an_outlier_makes_the_std_so_many_times_that_of_the_others(samples, rati
     (0., 1., ''),
 ])
 def test_the_spread_and_the_gain_that_make_samples_alike(norm, needed, says):
-    assert doubt(Evidence(64, 0.1, norm), needed) == says
+    assert doubt(resting_on(64, 0.1, norm), needed) == says
 
 
 def test_an_outlier_among_samples_that_are_alike_is_an_outlier():
-    assert doubt(Evidence(64, 0.99, 0.), 10.) == 'outlier'
+    assert doubt(resting_on(64, 0.99, 0.), 10.) == 'outlier'
 
 
 def test_a_doubt_is_a_plain_string():
-    assert [d.value for d in Doubt] == ['alike', 'outlier'] and type(doubt(Evidence(64, 1.), 1.)) is str
+    assert [d.value for d in Doubt] == ['alike', 'outlier', 'faint'] and type(doubt(resting_on(64, 1.), 1.)) is str
+
+
+# --- samples that are alike without one, and next to nothing behind one
+
+@pytest.mark.parametrize('features, needed, says', [
+    (63, 2.1, 'alike'),  # the std of so few numbers is chance
+    (63, 2., ''),
+    (64, 7.9, ''),
+    (64, 8.1, 'alike'),
+])
+def test_alike_samples_and_the_features_of_each(features, needed, says):
+    assert doubt(resting_on(64, features=features, alike=True), needed) == says
+
+
+@pytest.mark.parametrize('normed, needed, size, says', [
+    (True, 101., 1., 'faint'),
+    (True, 99., 1., ''),
+    (True, 1e4, 1e-3, ''),  # the weight is small, and not the input
+    (True, 1e4, 2e-2, 'faint'),
+    (False, 1e6, 1., ''),  # an input of small numbers
+])
+def test_the_gain_that_a_unit_may_need_behind_a_norm_layer(normed, needed, size, says):
+    assert doubt(resting_on(64, normed=normed), needed, lambda: size) == says
+
+
+@pytest.mark.parametrize('batch, says', [
+    (torch.ones(8, 4), True),
+    (torch.randn(1, 4).repeat(8, 1), True),
+    (torch.randn(1, 4) + 0.01*torch.randn(8, 4), True),
+    (torch.randn(8, 4), False),
+    (torch.randn(1, 4), False),  # one sample is like no other
+    (torch.arange(4).repeat(8, 1), True),
+    (torch.arange(8), False),
+    ((torch.ones(8, 2), torch.randn(8, 2)), False),
+    ({'x': torch.ones(8, 2), 'scale': torch.randn(2)}, True),
+    ((torch.randn(8, 2, dtype=torch.half), 3), False),
+    ('text', False),
+])
+def test_samples_that_are_alike(batch, says): assert samples_alike(batch) is says
 
 
 # --- other questions to the data
