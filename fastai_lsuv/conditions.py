@@ -78,22 +78,27 @@ def _batch_norm(watch: NormWatch, input, running_mean, running_var, weight=None,
     return out
 
 
-def _other_norm(function: Callable, groups: Callable[..., Tensor]) -> Callable:
-    "A norm over groups within a sample. Its output tells whether its eps matters; only then are the groups looked at."
+def _other_norm(function: Callable, at: int, groups: Callable[..., Tensor]) -> Callable:
+    """A norm over groups within a sample, with its weight as argument number `at`.
+
+    Its output tells whether its eps matters. Only then are the groups looked at."""
     def handle(watch: NormWatch, *args, **kwargs) -> Tensor:
         out = function(*args, **kwargs)
-        given = _bound(function, args, kwargs)
         watch.normed = True
-        x,weight,eps = given['input'],given.get('weight'),given.get('eps', 1e-5)
         if not isinstance(out, Tensor) or out.is_nested or out.numel() == 0: return out
+        weight = kwargs.get('weight', args[at] if len(args) > at else None)
         with torch.no_grad():
-            f = flat(out.detach())
-            square = torch.linalg.vector_norm(f, dtype=torch.promote_types(f.dtype, torch.float32)).item()**2/len(f)
-            if square < ALIKE_SPREAD*(1. if weight is None else weight.detach().float().square().mean().item()):
+            if _mean_square(out) < ALIKE_SPREAD*(1. if weight is None else _mean_square(weight)):
+                given = _bound(function, args, kwargs)
                 var,mean = torch.var_mean(groups(given).float(), dim=-1, correction=0)
-                watch.see(mean, var, eps, x.dtype)
+                watch.see(mean, var, given['eps'] or 0., given['input'].dtype)
         return out
     return handle
+
+
+def _mean_square(t: Tensor) -> float:
+    f = flat(t.detach())
+    return torch.linalg.vector_norm(f, dtype=torch.promote_types(f.dtype, torch.float32)).item()**2/len(f)
 
 
 def _layer_groups(given: dict) -> Tensor: return given['input'].flatten(-len(given['normalized_shape']))
@@ -144,9 +149,9 @@ _HANDLERS: dict[Callable, Callable] = {
     **{f: _without(f, 'train', 2, False) for f in _TORCH_DROPOUT},
     F.scaled_dot_product_attention: _without(F.scaled_dot_product_attention, 'dropout_p', 4, 0.),
     F.batch_norm: _batch_norm,
-    F.layer_norm: _other_norm(F.layer_norm, _layer_groups),
-    F.group_norm: _other_norm(F.group_norm, _group_groups),
-    F.instance_norm: _other_norm(F.instance_norm, _instance_groups),
+    F.layer_norm: _other_norm(F.layer_norm, 2, _layer_groups),
+    F.group_norm: _other_norm(F.group_norm, 2, _group_groups),
+    F.instance_norm: _other_norm(F.instance_norm, 3, _instance_groups),
 }
 
 

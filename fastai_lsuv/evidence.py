@@ -88,7 +88,8 @@ def _is_plain(t: Tensor) -> bool:
 def _alike(t: Tensor) -> bool:
     t = t.detach().as_subclass(Tensor)
     if not t.is_floating_point(): return bool((t == t[:1]).all())
-    t = t.flatten(1).float() if t.dim() > 1 else t[:, None].float()
-    between = t.var(0, correction=0).mean()
-    total = t.var(correction=0)
-    return bool(between <= _ALIKE_INPUTS*total)
+    t = t.reshape(len(t), -1).float()
+    t = t - t.mean()
+    total = (torch.linalg.vector_norm(t)**2/t.numel()).item()
+    common = t.mean(0).square().mean().item()  # what all samples share
+    return total - common <= _ALIKE_INPUTS*total

@@ -7,7 +7,7 @@ one of them carries it. `pool` joins the moments of several calls, mini-batches 
 Numbers on the host are numpy's: an operation on a few numbers costs a fifth of torch's, and a pass makes thousands."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Sequence
 
@@ -77,7 +77,7 @@ class Moments:
 
     def affine(self, scale: np.ndarray | float = 1., shift: np.ndarray | float = 0.) -> Moments:
         "Moments of `scale*x + shift`, each a number or one number per channel."
-        return replace(self, mean=self.mean*scale + shift, var=self.var*scale**2)
+        return Moments(self.count, self.mean*scale + shift, self.var*scale**2, self.evidence)
 
 
 def unbias(n: int) -> float:

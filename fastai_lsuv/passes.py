@@ -31,7 +31,7 @@ class Passes:
     ):
         self.model,self.units,self.watch,self.start = model,units,watch,start
         self.solvers = {u: choose_solver(u) for u in units}
-        self.between = {u: BetweenPasses(u) for u in units}
+        self.between: dict[Unit, BetweenPasses] = {}  # Of the units that are called several times
         self.owners: dict[Any, Unit] = {}  # Of each weight and bias, the unit that ran first
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
         self.norms,self.alike = NormWatch(),False
@@ -45,7 +45,7 @@ class Passes:
         for u in self.units: u.begin(fresh)
         self.correct,self.ran = correct,0
         self.norms.reset()
-        self.alike = samples_alike(batch)
+        if fresh: self.alike = samples_alike(batch)
         with self.hooked(), measuring(self.model, self.norms), _eager(): call(self.model, batch)
         self._forget_stale()
         if correct: self._correct_between()
@@ -62,6 +62,7 @@ class Passes:
     def _correct_between(self) -> None:
         "Correct the units that are called several times. Nothing that was seen counts any more."
         repeated = [u for u in self.units if u.seen and u.last and u.seen.repeated and u.claim(self.owners)]
+        for u in repeated: self.between.setdefault(u, BetweenPasses(u))
         if not any([self.between[u].after_pass() for u in repeated]): return
         for u in self.units: u.history,u.comparable = [],False
 
@@ -114,8 +115,8 @@ class Passes:
             self.ran += 1
         u.seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(self.ran, len(self.units))
-        told = dict(spread=self.norms.spread, normed=self.norms.normed, alike=self.alike)
-        u.seen.moments.append(measure(u, x, u.seen.by_channel, **told))
+        told = self.norms.spread,self.norms.normed,self.alike
+        u.seen.moments.append(measure(u, x, u.seen.by_channel, *told))
         if not (may_change and u.due()): return None
         u.reason = u.doubts(u.seen.moments[-1])
         return solver.observe(out) if not u.reason else None

@@ -7,7 +7,6 @@ output in place. `RunAgain` is for every other unit. It runs the unit again on t
 A pass gives the first two what a unit puts out (`observe`), and the last what a whole pass has seen (`after_pass`)."""
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from .evidence import varies
 from .loops import AffineMeter, Meter, run_loops
-from .moments import Moments, channel_moments, first_tensor, whole_moments
+from .moments import Evidence, Moments, channel_moments, first_tensor, whole_moments
 from .ranks import pool_ranks
 from .units import Unit
 from .weights import WeightRef, is_layer
@@ -32,12 +31,13 @@ def measure(
     u: Unit,
     x: Tensor,  # Its output
     by_channel: bool,  # Whether channels matter, or the whole is enough
-    **told: Any  # What else the moments rest on, by the names of `Evidence`
+    *told: Any  # What else the moments rest on: the last fields of `Evidence`
 ) -> Moments:
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
         m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
-    return pool_ranks(replace(m, evidence=replace(m.evidence, **told)))
+    evidence = Evidence(m.evidence.samples, m.evidence.top, *told)
+    return pool_ranks(Moments(m.count, m.mean, m.var, evidence))
 
 
 def biases(u: Unit) -> np.ndarray:
@@ -134,8 +134,8 @@ class RunAgainMeter:
         if self.stale:
             self.out = self.solver.run()
             e = self.first[0].evidence
-            told = dict(spread=e.spread, normed=e.normed, alike=e.alike)
-            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.by_channel, **told)
+            told = e.spread,e.normed,e.alike
+            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.by_channel, *told)
             self.stale = False
         return self.moments.stats(self.unit.target.per_channel)
 

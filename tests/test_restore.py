@@ -548,7 +548,9 @@ def walk(v, steps=5, seen=None):
 
 
 def disturb(v):
-    if isinstance(v, dict) and not isinstance(v, OrderedDict): dict.clear(v); dict.__setitem__(v, 'new', 1)
+    if isinstance(v, dict) and not isinstance(v, OrderedDict):
+        dict.clear(v)
+        dict.__setitem__(v, 'new', 1)
     elif isinstance(v, OrderedDict): OrderedDict.__setitem__(v, 'new', 1)
     elif isinstance(v, list): list.append(v, 0)
     elif isinstance(v, deque): deque.append(v, 0)
