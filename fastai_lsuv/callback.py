@@ -45,8 +45,8 @@ class LSUVCallback(CallbackOnNewWeights):
     Its `order`, 10.5, puts it after what prepares the model (`TrainEvalCallback`, `ChannelsLast`, your own callbacks of
     the default order 0) and `MixedPrecision`, in whose autocast it measures; before what copies or wraps the model (an
     EMA, `DistributedTrainer`: 11), what saves it (`LRFinder`: 60), and `Recorder` (50) and `ProgressCallback` (60),
-    which begin the log. A callback of any order may change the input in its `before_batch`: if that needs what a
-    `before_fit` yet to come makes, this runs here too, and the callback's attributes are put back."""
+    which begin the log. A callback of any order may change the input in its `before_batch`: if that needs what its own
+    `before_fit` makes, that `before_fit` runs first, and the callback's attributes are put back."""
     order = MixedPrecision.order + 0.5
 
     def __init__(self,
@@ -81,7 +81,7 @@ class LSUVCallback(CallbackOnNewWeights):
         why = '' if self.every_fit else self._why_not(self.force)
         if any_rank(bool(why)):
             if why == EARLIER and self.unsaid: return self._say_now()
-            why = why or 'so does another rank'
+            why = why or "another rank leaves it as it is"
             return self._say(f"LSUV left the model as it is: {why}. `learn.lsuv_init()` initializes it anyway.")
         cbs = list(self.learn.cbs.sorted('order'))
         report = self.run_now(anyway=self.every_fit or self.force or self.anyway, begun=cbs[:cbs.index(self)])

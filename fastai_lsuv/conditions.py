@@ -37,9 +37,9 @@ class NormWatch:
     """Notices a norm layer that sees samples which are alike.
 
     Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than its eps, and the
-    scale of everything behind it rests on that. `spread` is the smallest share of the output's variance that comes from
-    the input and not from eps, over the norm layers that have run; 1 while their samples differ. `normed` tells whether
-    any has."""
+    scale of everything behind it rests on that. The share of the output's variance that comes from the input, and not
+    from eps, tells it. `spread` is the smallest such share so far. It stays 1 while samples differ. `normed` is True
+    once a norm layer has run."""
     def __init__(self): self.reset()
 
     def reset(self) -> None: self.spread,self.normed = 1.,False
@@ -64,7 +64,7 @@ class NormWatch:
 
 def _batch_norm(watch: NormWatch, input, running_mean, running_var, weight=None, bias=None, training=False,
                 momentum=0.1, eps=1e-5) -> Tensor:
-    "`F.batch_norm`, which tells its batch statistics through running ones of momentum 1."
+    "`F.batch_norm` with buffers of momentum 1, which receive the batch statistics."
     if not training or not isinstance(input, Tensor) or input.dim() < 2:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     like = running_mean if running_mean is not None else input if weight is None else weight
@@ -172,7 +172,7 @@ def measuring(
     model: nn.Module,
     watch: NormWatch  # Told of the norm layers that run
 ) -> Iterator[None]:
-    "Train mode without dropout. `preserved` keeps the modes and attributes that are set here."
+    "Train mode without dropout. The switches of dropout are put back here. `preserved` puts the modes back."
     was = [(m, k, v) for m in model.modules() for k, v in _switches(m)]
     try:
         model.train()

@@ -21,9 +21,9 @@ _NOISE = 1e-6
 # One sample carries the std if it makes the std this many times what it is without that sample. Fewer than 16 samples
 # differ more by chance, and more is asked of them. Fewer than 4 do not tell.
 _CARRIED,_ENOUGH_SAMPLES,_FEW_SAMPLES = 3.,16,4
-# A norm layer sees samples that are alike if its eps leaves less than this share of its output's variance,
+# A norm layer sees samples that are alike if both hold. Its eps leaves less than this share of its output's variance.
 ALIKE_SPREAD = 0.1
-# and the samples differ by this share of their mean square.
+# The samples differ by less than this share of their mean square.
 ALIKE_SHARE = 0.01
 # The samples of a mini-batch are alike if they differ by this share of its variance.
 _ALIKE_INPUTS = 0.02
@@ -34,7 +34,7 @@ _MOST_GAIN_ALIKE = 8.
 # and that a unit needs behind a norm layer, from an orthonormal weight. Of 1,370 units of the networks in the tests,
 # all but one need at most 21. A mean over 32x32 positions may need 32.
 _MOST_GAIN_NORMED = 100.
-# Standard errors that a mean may be off its target, at the most that samples can differ.
+# A mean may be this many standard errors off. The error assumes that the elements of a sample are all the same.
 _ERRORS = 3.
 
 

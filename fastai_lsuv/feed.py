@@ -1,7 +1,8 @@
 """Mini-batches for the model: `Feed` takes whatever `batches` is, and gives the model's inputs, on its device.
 
-A fresh mini-batch a pass, for as long as there are any; then the last one again. `gather` joins further ones to the
-last, where its samples are alike. Lazy modules get their weights from the first."""
+A fresh mini-batch a pass, for as long as there are any; an iterable begins anew when it ends, anything else gives its
+last again. `gather` joins further ones to the last, where its samples are alike. Lazy modules get their weights from
+the first."""
 from __future__ import annotations
 
 import inspect
@@ -46,6 +47,7 @@ class Feed:
             hint = ", such as its `train`" if hasattr(type(batches), 'train_ds') else ''  # fastai's DataLoaders
             raise TypeError(f"batches: got {type(batches).__name__}; it takes a mini-batch ({_INPUTS}) "
                             f"or an iterable of mini-batches{hint}")
+        self.drawn: Any = None  # What `batches` gave last
         self.joined = 1  # Mini-batches that the present one is made of
         self.count,self.stream = 0,iter((batches,) if self.one else batches)
 
@@ -76,14 +78,18 @@ class Feed:
         return any_fresh
 
     def _fresh(self) -> Any:
-        "The next mini-batch. An iterable that can be iterated again is, when it ends."
+        """The next mini-batch, or `None` if there is no other than the last.
+
+        An iterable that can be iterated again is, when it ends."""
         b = next(self.stream, None)
         if b is None and not self.one and (again := iter(self.batches)) is not self.batches:
             self.stream = again
             b = next(self.stream, None)
-        return b
+        return None if b is self.drawn else b
 
     def _take(self, b: Any) -> None:
+        "Make the model's inputs of what was drawn."
+        self.drawn = b
         self.count += 1
         if self.get_input is not None: b = self.get_input(b)
         elif not self.one or self.n_inp is not None: b = self._inputs(b)

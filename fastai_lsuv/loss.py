@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .generators import Generators
-from .ranks import mean_of_ranks, several_ranks
+from .ranks import any_rank, mean_of_ranks
 
 __all__ = ['LossCheck']
 
@@ -42,15 +42,16 @@ class LossCheck:
     def take_before(self) -> None:
         "Take the loss of the model as it is, and that of predicting zeros."
         self.before = self._take(self._run)
-        if self.error or self.out is None: return
+        if self.error: return
         zeros = tree_map(lambda o: torch.zeros_like(o) if isinstance(o, Tensor) else o, self.out)
-        self.out = None
         self.constant = self._take(lambda *args, **kwargs: zeros)
-        self.error = ''  # not every loss is defined there
+        self.out,self.error = None,''  # not every loss is defined for zeros
 
     def take_after(self) -> None:
-        "Take the loss of the model as LSUV has made it."
-        if self.pair is not None: self.after = self._take(self._run)
+        "Take the loss of the model as LSUV has made it. One that cannot be taken any more counts as NaN."
+        if self.pair is None: return
+        self.after = self._take(self._run)
+        self.error = ''
 
     def _run(self, *args, **kwargs) -> Any:
         "The model, which leaves its output behind, and any error of its own."
@@ -63,14 +64,15 @@ class LossCheck:
     @torch.no_grad()
     def _take(self, model: Callable) -> float:
         self.model.train()
+        loss,error = float('nan'),''
         try:
             with self.generators.again():
                 loss = self.loss(model)
                 loss = float(loss.detach().float().mean() if isinstance(loss, Tensor) else loss)
         except Exception as e:
-            if e is self.model_error or several_ranks(): raise  # other ranks wait for this one
-            self.error = f"{type(e).__name__}: {e}".splitlines()[0]
-            return float('nan')
+            if e is self.model_error: raise
+            loss,error = float('nan'),f"{type(e).__name__}: {e}".splitlines()[0]
+        if any_rank(bool(error)): self.error = error or "another rank cannot take it"
         return mean_of_ranks(loss)
 
     @property
@@ -84,7 +86,7 @@ class LossCheck:
         "What the loss says against the model as it is now, in words; \"\" if it does not."
         if self.pair is None or not isfinite(self.before): return ''
         reference = max(self.before, self.constant) if isfinite(self.constant) else self.before
-        # A loss that may be negative has no zero to compare with. That of a WGAN's critic is 0 for zeros.
+        # A ratio means nothing where a loss can be zero or negative, as that of a WGAN's critic.
         has_floor = min(self.before, reference, self.constant if isfinite(self.constant) else reference) > 0
         if isfinite(self.after) and (not has_floor or self.after <= _FAR*reference): return ''
         zeros = f", and {self.constant:.3g} for predicting zeros" if isfinite(self.constant) else ''

@@ -117,7 +117,9 @@ def initialize(
                 check.take_after()
                 undone = check.failure
                 if undone and not force: raise _Undone
-        except _Undone: rows = [_row(u, before, undone=True) for u in _in_order(passes)]
+        except _Undone as e:
+            if notes := getattr(e, '__notes__', []): raise RuntimeError('; '.join(notes)) from None
+            rows = [_row(u, before, undone=True) for u in _in_order(passes)]
         else:
             for u in units: u.finish()
             rows = [_row(u, before) for u in _in_order(passes)]
@@ -190,7 +192,7 @@ def layer_stats(
         units = measurable(model, modules)
         for u in units: u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
         passes = Passes(model, units)
-        with preserved(model, (), ()): passes(feed.batch, correct=False)
+        with preserved(model, ()): passes(feed.batch, correct=False)
         return LSUVReport([_row(u, {}) for u in _in_order(passes)], n_passes=1)
 
 

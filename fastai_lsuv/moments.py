@@ -25,7 +25,7 @@ _MATTERS = 0.04
 _SMALL = 128
 # Elements whose squares are summed in float32. Such sums are added up in double.
 _ROW = 2**10
-# Above this many samples, a row holds several.
+# A larger batch puts several samples in one row.
 _MANY_SAMPLES = 2**12
 
 
@@ -34,7 +34,7 @@ class Evidence:
     "What moments rest on."
     samples: int = 1  # Samples in the mini-batch: the size of dimension 0
     top: float = 0.  # Share of the variance that rests on one sample, the largest
-    spread: float = 1.  # Smallest share of spread that a norm layer before it has seen (see `conditions.NormWatch`)
+    spread: float = 1.  # Share of a norm layer's output variance that eps leaves; the smallest upstream (`NormWatch`)
     normed: bool = False  # Whether a norm layer has run before it
     alike: bool = False  # Whether the samples of the mini-batch are alike
 
@@ -109,7 +109,7 @@ def _measurable(x: Tensor) -> Tensor:
 
 
 def _row(x: Tensor) -> int:
-    "Length of the rows of memory whose squares are summed: no row holds parts of two samples, where that can be had."
+    "Length of the rows of memory whose squares are summed. A row lies within one sample where the shape allows it."
     n = x.numel()
     size = n//len(x) if x.dim() and x.stride(0) == max(x.stride()) else n
     if size <= _ROW:

@@ -89,7 +89,7 @@ class Passes:
     def _begin(self, u: Unit, solver, module, args) -> None:
         """Start a unit when it is first called.
 
-        A unit that is never called keeps its weight, which its parent may use by itself, while the pass measures."""
+        A parent may use a weight without calling the unit. Such a unit keeps its weight."""
         if solver.running or not self.correct or u.started: return
         u.started = True
         if not u.claim(self.owners): return

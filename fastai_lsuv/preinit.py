@@ -27,8 +27,8 @@ def orthogonal_(
     if not isinstance(w, Tensor) or w.numel() == 0 or not w.any(): return
     if w.dim() < 2 or any(not p.requires_grad for n, p in layer.named_parameters() if 'bias' not in n): return
     if parametrize.is_parametrized(layer, 'weight'):
-        # There may be no way back from a weight to what it is computed from.
-        # There is none at all, or none as it is set up, or none from this weight.
+        # Three cases have no way back from a weight to what it is computed from: no `right_inverse`, one that is not
+        # implemented, and one that rejects this weight.
         if not all(hasattr(m, 'right_inverse') for m in layer.parametrizations.weight): return
         try: layer.weight = _draw(layer, torch.empty_like(w))
         except (NotImplementedError, ValueError): return

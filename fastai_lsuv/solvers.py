@@ -1,10 +1,11 @@
-"""How a unit is corrected: three ways, with one interface, chosen when the units are found.
+"""How a unit is corrected, in three ways.
 
 `ClosedForm` is for a unit whose output is affine in its weight and bias. It runs the loops on moments, and mends the
 output in place. `RunAgain` is for every other unit. It runs the unit again on the input it was given, as the loops ask.
 `BetweenPasses` corrects a unit that is called several times in a forward pass, after a pass that ran it as it was.
 
-A pass gives the first two what a unit puts out (`observe`), and the last what a whole pass has seen (`after_pass`)."""
+`choose_solver` chooses one of the first two when a unit is found; a pass gives it what the unit puts out (`observe`). A
+unit that turns out to be called several times gets the last, after the second pass on (`after_pass`)."""
 from __future__ import annotations
 
 from typing import Any
@@ -61,7 +62,7 @@ def _mark(u: Unit) -> None:
 
 
 def _version(t: Tensor) -> Any:
-    "What changes when `t` is written to. Nobody counts in inference mode, where it may always have been."
+    "What changes when `t` is written to. Inference tensors have no version. Each is taken as changed."
     return object() if t.is_inference() else t._version
 
 
@@ -72,12 +73,12 @@ def _cloned(inputs: Any) -> Any:
 
 class RunAgain:
     "Runs the unit again on the input it was given, as often as the loops ask."
+    needs_input,needs_output = True,False
+
     def __init__(self, unit: Unit):
         self.unit,self.running,self.given = unit,False,None
         # A container, or another's hook, may overwrite what the unit is given before the unit runs again.
         self.copies = not is_layer(unit.module) or bool(unit.module._forward_pre_hooks)
-
-    needs_input,needs_output = True,False
 
     def keep_input(self, args: tuple, kwargs: dict) -> None:
         self.given = _cloned((args, kwargs)) if self.copies else (args, kwargs)
@@ -126,7 +127,7 @@ class RunAgainMeter:
     def __init__(self, solver: RunAgain, weight: WeightRef, out: Any):
         u = solver.unit
         self.solver,self.unit,self.weight = solver,u,weight
-        self.can_shift,self.moved,self.stale,self.gain = u.bias is not None,False,False,np.float64(1)
+        self.can_shift,self.moved,self.stale,self.gain = u.can_shift,False,False,np.float64(1)
         self.first = self.moments,self.out = u.seen.moments[-1],out
         self.was = [(r, r.copy()) for r in (weight, u.bias) if r is not None]
 

@@ -20,14 +20,14 @@ from .weights import WeightRef, parts_of
 
 __all__ = ['Status', 'Target', 'Observation', 'Unit']
 
-# Recent passes whose moments are pooled where fresh mini-batches keep disagreeing.
+# Passes that are pooled where fresh mini-batches disagree.
 _RECENT = 4
 # With `per_channel`, one channel may be this many `batch_tol`s off while their mean is within one.
 _ONE_CHANNEL = 5
 
 
 class Status(str, Enum):
-    "What became of a unit. `report.STATUSES` says it in a sentence."
+    "What became of a unit. `rows.STATUSES` says it in a sentence."
     OK = 'ok'
     NO_BIAS = 'no bias'
     OFF = 'off'
@@ -163,7 +163,7 @@ class Unit:
         return not (self.last.repeated or self.seen.repeated or self.met(self.judged()))
 
     def met(self, m: Moments) -> bool:
-        "Whether a fresh mini-batch finds the unit at its target."
+        "Whether these moments meet the target."
         if self.target.scales and not self.target.std_met(m): return False
         return not (self.target.ends_with_mean and self.can_shift) or self.target.mean_met(m)
 

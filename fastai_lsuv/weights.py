@@ -86,7 +86,7 @@ class WeightRef:
 
     @property
     def key(self) -> Any:
-        "The same for two references to one tensor. A property makes a new tensor each time: its owner stands for it."
+        "Identifies the tensor. A property makes a new one on each read, so its owner and name identify it."
         return (id(self.owner), self.name) if self.has_setter else id(self.value)
 
     def copy(self) -> Any: return self.tensor.detach().clone() if self.tensor is not None else self.value

@@ -67,8 +67,7 @@ def test_a_kind_is_one_line(monkeypatch):
     others.Conv1D = Conv1D
     monkeypatch.setitem(sys.modules, 'transformers.pytorch_utils', others)
     monkeypatch.setattr(weights, 'KINDS', [*weights.KINDS])
-    line = re.search(r'```python\n(.*)\n```', PAGE).group(1)
-    exec(line, vars(weights))
+    exec(re.search(r'```python\n(.*?)```', PAGE, re.S).group(1), {})
     net = nn.Sequential(Conv1D(16, 32), nn.GELU(), Conv1D(32, 8))
     for options in (dict(), dict(preinit=None), dict(per_channel=True)):
         report = lsuv_init(net, torch.randn(256, 16), **options)

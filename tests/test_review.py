@@ -266,3 +266,33 @@ def test_the_warning_of_an_unused_target_points_at_the_caller():
         lsuv_init(nn.Linear(16, 8), torch.randn(64, 16), order='std', target_mean=1.)
         LSUVCallback(order='std', target_mean=1.)
     assert [w.filename for w in said] == [__file__]*2
+
+
+# --- found by a first reader of the new core
+
+def test_the_only_mini_batch_of_a_list_is_not_taken_for_a_fresh_one():
+    x = torch.randn(8, 16)
+    with Feed(nn.Linear(16, 2), [x], None, None) as feed:
+        assert not feed.next() and not feed.gather() and feed.batch is x
+
+
+def test_a_loss_that_cannot_be_taken_any_more_puts_the_weights_back():
+    net,x = nn.Linear(16, 8),torch.randn(64, 16)
+    was = net.weight.detach().clone()
+
+    def loss(model):
+        out = model(x)
+        if out.std() > 0.9: raise ArithmeticError('the loss is undefined')
+        return out.square().mean()
+
+    assert quietly(net, x, loss=loss)[0].status == 'undone' and torch.equal(net.weight, was)
+
+
+def test_a_bias_that_does_not_move_the_mean_is_tried_once():
+    net = Mod(lambda self, x: self.head(self.block(x)), block=nn.Sequential(nn.Linear(16, 32), nn.ReLU()),
+              head=nn.Linear(32, 8))
+    runs = []
+    net.block[1].register_forward_hook(lambda *_: runs.append(1))
+    report = quietly(net, (torch.randn(64, 16) for _ in range(20)), modules=['block', 'head'], batch_tol=0.02)
+    assert report['block'].status in ('no bias', 'off') and report.n_passes > 2
+    assert len(runs)/report.n_passes < 8  # 10 and more where each pass tries the bias again
