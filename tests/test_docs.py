@@ -107,18 +107,18 @@ def test_tables_of_the_documentation_are_the_benchmarks():
 def test_figures_of_the_readme_are_the_benchmarks():
     "The README quotes the reach, and the passes of the other packages for a ResNet-50."
     text = ' '.join((ROOT/'README.md').read_text().split())
-    rows = {}
-    for name in 'init_cost', 'reach':
-        lines = (ROOT/'benchmarks'/'results'/f'{name}.md').read_text().splitlines()
-        rows[name] = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if line.startswith('|')]
-    heads = [i for i, r in enumerate(rows['init_cost']) if r[0] == '']
-    time,begun = (rows['init_cost'][a:b] for a, b in zip(heads[:2], heads[1:3]))
-    assert len(time) == len(begun)
-    lsuv,anyinit = (begun[0].index(next(c for c in begun[0] if c.startswith(n))) for n in ('lsuv 0', 'anyinit'))
+    def rows(name, after=''):
+        "The cells of the first table below a title."
+        text = (ROOT/'benchmarks'/'results'/f'{name}.md').read_text()
+        text = text[text.index(after):]
+        table = text[text.index('|'):].split('\n\n')[0]
+        return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
+    head,_,*begun = rows('init_cost', '**Forward passes begun**')
+    lsuv,anyinit = (head.index(next(c for c in head if c.startswith(n))) for n in ('lsuv 0', 'anyinit'))
     resnet = next(r for r in begun if r[0] == 'ResNet-50')
     assert f'{resnet[lsuv]} and {resnet[anyinit]} passes for a ResNet-50' in text
-    assert all(r[begun[0].index('lsuv_init')] == '2' for r in begun[2:]), "LSUV takes two passes"
-    ours = next(r for r in rows['reach'] if 'fastai_lsuv' in r[0])
+    assert {r[head.index('lsuv_init')] for r in begun} == {'2'}, "LSUV takes two passes"
+    ours = next(r for r in rows('reach') if 'fastai_lsuv' in r[0])
     reached,of,share = re.match(r'(\d+) of (\d+) (.*)', ours[1]).groups()
     networks = re.search(r'of (\d+)', ours[2])[1]
     assert f'On the {networks} networks of the test suite' in text and f'{reached} of {of} layers {share}' in text
