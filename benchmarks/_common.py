@@ -1,13 +1,16 @@
 "Helpers that the benchmarks share: the packages as functions of a model and a mini-batch, passes, times and tables."
 import importlib
+import importlib.util
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastai_lsuv import lsuv_init
 
@@ -80,12 +83,49 @@ def label(package):
     return f'{package} {version(package)}'
 
 
+def networks():
+    "The table of architectures that the tests use."
+    spec = importlib.util.spec_from_file_location('networks', ROOT/'tests'/'networks.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['networks'] = module
+    spec.loader.exec_module(module)
+    return module.NETWORKS
+
+
+def first_line(e):
+    "An exception as one short line."
+    return f'{type(e).__name__}: {e}'.splitlines()[0][:160]
+
+
 def on_device(x, device):
     "A tensor, or all tensors of a tuple or dict, on `device`."
     if isinstance(x, torch.Tensor): return x.to(device)
     if isinstance(x, dict): return {k: on_device(v, device) for k, v in x.items()}
     if isinstance(x, tuple): return tuple(on_device(v, device) for v in x)
     return x
+
+
+def without_dropout(model):
+    "Put the model in training mode, with all kinds of dropout off."
+    model.train()
+    for m in model.modules():
+        if isinstance(m, _DropoutNd):
+            m.p = 0.
+        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
+            m.dropout = 0.
+        if any(s in type(m).__name__ for s in ('Drop', 'Stochastic')):
+            m.training = False
+
+
+@torch.no_grad()
+def forward(model, batch):
+    "A plain forward pass of the model as it trains, without dropout."
+    without_dropout(model)
+    stance = torch.compiler.set_stance('force_eager') if hasattr(torch.compiler, 'set_stance') else nullcontext()
+    with stance:
+        if isinstance(batch, dict): return model(**batch)
+        if isinstance(batch, tuple): return model(*batch)
+        return model(batch)
 
 
 @contextmanager

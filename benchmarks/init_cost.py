@@ -17,6 +17,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler counts memory he
 import copy
 import csv
 import gc
+import inspect
 import statistics
 import time
 import tracemalloc
@@ -33,10 +34,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from _common import COLORS, IMAGES, PACKAGES, RESULTS, installed, label, markdown, passes_begun, timed, where
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.loops import parse_order
-from fastai_lsuv.passes import Goal, Passes
-from fastai_lsuv.state import train_without_dropout
-from fastai_lsuv.units import find_units
+from fastai_lsuv.options import Options
+from fastai_lsuv.passes import Passes
+from fastai_lsuv.selection import find_units
 
 
 # --- Models
@@ -141,9 +141,11 @@ MODELS = {
 
 def one_pass(model, x):
     "Do the work of `lsuv_init` up to its first pass, and return a function that runs the pass."
-    units = find_units(model)
-    passes = Passes(model, units, Goal(parse_order('std mean'), 0., {u: 1. for u in units}, 1e-3, 0.1, False))
-    train_without_dropout(model)
+    given = {name: p.default for name, p in inspect.signature(lsuv_init).parameters.items()}
+    options,units = Options.of(given),find_units(model)
+    for u in units: u.target = options.target(u)
+    passes = Passes(model, units)
+    model.train()
     return lambda: passes(x)
 
 

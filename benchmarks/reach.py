@@ -7,36 +7,24 @@ with dropout, DropPath and StochasticDepth off. A layer is reached if its std is
 A model is judged in the state that the package leaves, also after an exception or the time limit. In these cases it
 does not count as whole."""
 import csv
-import importlib.util
 import math
 import signal
-import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from fnmatch import fnmatch
 
 import torch
 from fastcore.script import call_parse
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.dropout import _DropoutNd
 
-from _common import COLORS, IMAGES, PACKAGES, RESULTS, ROOT
-from _common import installed, label, markdown, on_device, passes_begun, timed, where
+from _common import COLORS, IMAGES, PACKAGES, RESULTS
+from _common import first_line, forward, installed, label, markdown, networks, on_device, passes_begun, timed, where
 
 LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 COLUMNS = ['network', 'package', 'outcome', 'layers', 'reached', 'passes_begun', 'passes_worth',
            'seconds', 'forward_seconds', 'said', 'silent', 'error']
-
-
-def networks():
-    "The table of architectures that the tests use."
-    spec = importlib.util.spec_from_file_location('networks', ROOT/'tests'/'networks.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['networks'] = module
-    spec.loader.exec_module(module)
-    return module.NETWORKS
 
 
 class CutOff(BaseException):
@@ -92,29 +80,6 @@ def calls(model):
         yield n
 
 
-def without_dropout(model):
-    "Put the model in training mode, with all kinds of dropout off."
-    model.train()
-    for m in model.modules():
-        if isinstance(m, _DropoutNd):
-            m.p = 0.
-        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
-            m.dropout = 0.
-        if any(s in type(m).__name__ for s in ('Drop', 'Stochastic')):
-            m.training = False
-
-
-@torch.no_grad()
-def forward(model, batch):
-    "A plain forward pass of the model as it trains, without dropout."
-    without_dropout(model)
-    stance = torch.compiler.set_stance('force_eager') if hasattr(torch.compiler, 'set_stance') else nullcontext()
-    with stance:
-        if isinstance(batch, dict): return model(**batch)
-        if isinstance(batch, tuple): return model(*batch)
-        return model(batch)
-
-
 def stds(model, batch):
     "The std of the output of each layer that runs, pooled over its calls."
     parts = {}
@@ -136,11 +101,6 @@ def stds(model, batch):
 def plain(model):
     "The model itself, without `torch.compile`."
     return getattr(model, '_orig_mod', model)
-
-
-def first_line(e):
-    "An exception as one short line."
-    return f'{type(e).__name__}: {e}'.splitlines()[0][:160]
 
 
 def judge(network, package, tol, seconds, device):

@@ -22,12 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 from .feed import join
 from .generators import Generators
-from .state import Snapshot, memory
+from .state import Copies, Snapshot, memory
 
 __all__ = ['no_trace', 'model_inputs', 'training_loss']
 
 # Their `before_batch` does something other than changing the input: schedules the optimizer, attaches hooks, gathers.
 _NOT_FED_BY = (ParamScheduler, HookCallback, GatherPredsCallback)
+# Modules of fastai's whose callbacks leave the weights alone before a batch.
+_LEAVE_WEIGHTS = {f'fastai.callback.{m}' for m in ('core', 'data', 'fp16', 'mixup', 'rnn', 'channelslast', 'training')}
 _STOPS = (CancelTrainException, CancelEpochException, CancelFitException)
 
 # What `_reachable` does not look into: it holds data or code, lives elsewhere, or is put back by others.
@@ -190,36 +192,51 @@ def _epochs(dl: Iterable[Any]) -> Iterator[Any]:
         if empty: return
 
 
-def _through_callbacks(learn: Learner, begun: Iterable[Callback]) -> Iterator[tuple]:
-    "The inputs as the model gets them: after every `before_batch` that may change them, in the autocast it may enter."
-    cbs,begun = [cb for cb in learn.cbs.sorted('order') if _feeds(cb)],{id(cb) for cb in begun}
-    learn.training,learn.epoch,learn.dl = True,0,learn.dls.train
-    learn.n_iter = len(learn.dl) if hasattr(learn.dl, '__len__') else None
-    learn.train_iter,learn.pct_train = 0,0.
-    skipped = 0
+class _Feeders:
+    "The callbacks that may change what the model is fed, and nothing of the model's weights."
+    def __init__(self, learn: Learner, begun: Iterable[Callback]):
+        self.learn,self.begun = learn,{id(cb) for cb in begun}
+        self.cbs = [cb for cb in learn.cbs.sorted('order') if _feeds(cb)]
+        # GANTrainer clips weights in its `before_batch`. What comes with fastai otherwise leaves them alone.
+        self.may_write = any(type(cb).__module__ not in _LEAVE_WEIGHTS for cb in self.cbs)
 
-    def call(cb, event):
-        b = {k: vars(learn)[k] for k in ('xb', 'yb') if k in vars(learn)}
+    def __call__(self, event: str) -> None:
+        "Send an event to all of them."
+        weights = Copies(self.learn.model.parameters()) if self.may_write else None
+        try:
+            for cb in self.cbs: self._call(cb, event)
+        finally:
+            if weights is not None: weights.put_back()
+
+    def _call(self, cb: Callback, event: str) -> None:
+        b = {k: vars(self.learn)[k] for k in ('xb', 'yb') if k in vars(self.learn)}
         try: cb(event)
         except (CancelBatchException, *_STOPS): raise
         except Exception:
             # It may lack what its `before_fit` makes: outside a fit, or where that is yet to run.
-            if id(cb) in begun or not hasattr(cb, 'before_fit'): raise
-            begun.add(id(cb))
-            vars(learn).update(b)
-            cb('before_fit'); cb(event)
+            if id(cb) in self.begun or not hasattr(cb, 'before_fit'): raise
+            self.begun.add(id(cb))
+            vars(self.learn).update(b)
+            cb('before_fit')
+            cb(event)
 
+
+def _through_callbacks(learn: Learner, begun: Iterable[Callback]) -> Iterator[tuple]:
+    "The inputs as the model gets them: after every `before_batch` that may change them, in the autocast it may enter."
+    feeders,skipped = _Feeders(learn, begun),0
+    learn.training,learn.epoch,learn.dl = True,0,learn.dls.train
+    learn.n_iter = len(learn.dl) if hasattr(learn.dl, '__len__') else None
+    learn.train_iter,learn.pct_train = 0,0.
     try:
-        for event in ('before_epoch', 'before_train'):
-            for cb in cbs: call(cb, event)
+        feeders('before_epoch')
+        feeders('before_train')
         with closing(_stream(learn)) as stream:
             for i, b in zip(count(), stream):
                 learn.iter = i % learn.n_iter if learn.n_iter else i
                 learn._split(learn._set_device(b))
                 autocast = _Autocast()
                 try:
-                    try:
-                        for cb in cbs: call(cb, 'before_batch')
+                    try: feeders('before_batch')
                     except CancelBatchException: skipped += 1
                     else:
                         xb = tuple(learn.xb)

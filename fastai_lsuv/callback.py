@@ -6,10 +6,8 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from copy import deepcopy
 from itertools import chain
 from typing import Any, Callable, Iterable
-from weakref import WeakSet
 
 from fastai.basics import Callback, Learner, delegates, noop, patch, rank_distrib
 from fastai.callback.fp16 import MixedPrecision
@@ -18,22 +16,19 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from .batches import model_inputs, no_trace
-from .lsuv import initialize, plain
+from .lsuv import initialize
 from .options import Options, check_whole
 from .ranks import any_rank, in_step
 from .report import LSUVReport
-from .trained import KnownWeights, begins_a_fit, came_trained, parameters, pretrained_body
-from .units import Unit
+from .trained import EARLIER, CallbackOnNewWeights, begins_a_fit, parameters
 
 __all__ = ['LSUVCallback']
 
-_EARLIER = "it was initialized before an earlier fit"
 _NO_BATCH = "the training DataLoader yields no mini-batch, or callbacks cancel them all"
 _LONG = 3.  # Seconds after which a pass shows a progress bar
-_INITIALIZED: WeakSet[nn.Module] = WeakSet()  # Models that were initialized: the next fit may bring another callback
 
 
-class LSUVCallback(Callback):
+class LSUVCallback(CallbackOnNewWeights):
     """Normalize the model's layers by LSUV before its first fit, on fresh mini-batches of the training DataLoader.
 
     It is `learn.lsuv`, and what it did `learn.lsuv.report`. It runs once, and leaves weights alone that mean something:
@@ -75,48 +70,22 @@ class LSUVCallback(Callback):
         check_whole('min_samples', min_samples)
         self.min_samples,self.every_fit,self.force = min_samples,every_fit,force
         self.report: LSUVReport | None = None
-        self.anyway,self.from_file,self.known,self.unsaid = False,False,KnownWeights(),''
+        self.unsaid = ''
+        super().__init__()
 
     def __repr__(self): return f"LSUVCallback(order={self.options['order']!r})"
-
-    def __setattr__(self, name, value):
-        if name == 'learn' and value is not None:
-            other = next((cb for cb in value.cbs if isinstance(cb, LSUVCallback) and cb is not self), None)
-            if other is not None:
-                raise ValueError(f"cbs: got a second LSUVCallback; the Learner has {other!r} already. Keep one: "
-                                 "`learn.remove_cb(learn.lsuv)` takes it away")
-        super().__setattr__(name, value)
-        if name == 'learn' and value is not None: self.known.note(parameters(value.model))
-
-    def reset(self) -> None:
-        "Forget what was done: the next fit initializes the model, whatever its weights mean."
-        self.anyway = True
 
     def before_fit(self):
         "Initialize the model, unless its weights mean something."
         if not begins_a_fit(): return
-        why = '' if self.every_fit else self._why_not()
+        why = '' if self.every_fit else self.why_not(self.force)
         if any_rank(bool(why)):
-            if why == _EARLIER and self.unsaid: return self._say_now()
+            if why == EARLIER and self.unsaid: return self._say_now()
             why = why or 'so does another rank'
             return self._say(f"LSUV left the model as it is: {why}. `learn.lsuv_init()` initializes it anyway.")
         cbs = list(self.learn.cbs.sorted('order'))
         report = self.run_now(anyway=self.every_fit or self.force or self.anyway, begun=cbs[:cbs.index(self)])
         if report is None: self._say(f"LSUV left the model as it is: {_NO_BATCH}.")
-
-    def _why_not(self) -> str:
-        "Why no weight of the model is to be touched, or \"\"."
-        if self.anyway: return ''
-        if plain(self.learn.model) in _INITIALIZED: return _EARLIER
-        if self.force: return ''
-        return "it comes from a file" if self.from_file else came_trained(self.learn, self.known)
-
-    def _meaningful(self) -> Callable[[Unit], bool]:
-        "Which units hold weights that were loaded, were frozen, or belong to the body of a pretrained Learner."
-        params = parameters(self.learn.model)
-        frozen = {id(p) for p in params if self.known.was_frozen(p)}
-        keep = self.known.written(params) | frozen | pretrained_body(self.learn)
-        return lambda u: any(id(w.value) in keep for w in u.weights)
 
     def run_now(self,
         anyway: bool = True,  # Whether weights that were loaded or pretrained are initialized too
@@ -126,29 +95,35 @@ class LSUVCallback(Callback):
         **options: Any  # In place of the callback's own, by name
     ) -> LSUVReport | None:  # `None` if there is no mini-batch
         "Initialize the model at once, in a fit or outside, and log what came of it."
-        learn,watch,remarks,losses = self.learn,_Progress(self.learn),[],[]
+        learn,watch,remarks = self.learn,_Progress(self.learn),[]
         written = self.known.written(parameters(learn.model))
-
-        def keep_loss(make):  # of the second mini-batch, which LSUV does not correct from first
-            if len(losses) < 2: losses.append(make())
-
         samples = self.min_samples if min_samples is None else min_samples
+        arguments = dict(force=self.force if force is None else force, watch=watch,
+                         keep=None if anyway else self.holds_meaning())
         try:
-            with no_trace(learn), closing(model_inputs(learn, samples, remarks.append, begun, keep_loss)) as batches:
-                first = in_step(lambda: [b for b in (next(batches, None), next(batches, None)) if b is not None])
-                if any_rank(not first): return None
-                report = initialize(learn.model, chain(first, batches), Options(**{**self.options, **options}),
-                                    loss=losses[-1], force=self.force if force is None else force,
-                                    keep=None if anyway else self._meaningful(), watch=watch)
+            report = self._initialize(Options(**{**self.options, **options}), samples, remarks.append, begun, arguments)
         finally:
             watch.close()
             self.known.note(parameters(learn.model), written)
             for line in remarks: self._say(line)
-        self.report,self.anyway = report,False
-        _INITIALIZED.add(plain(learn.model))
+        if report is None: return None
+        self.report = report
+        self.done()
         self._say(line := report.summary + (f'. {report.warning}' if report.warning else ''))
         self.unsaid = line if learn.logger is noop else ''  # by `lr_find`, say
         return report
+
+    def _initialize(self, options, samples, remark, begun, arguments) -> LSUVReport | None:
+        "Draw mini-batches and run LSUV. The loss is that of the second one, from which LSUV does not correct first."
+        learn,losses = self.learn,[]
+
+        def keep_loss(make):
+            if len(losses) < 2: losses.append(make())
+
+        with no_trace(learn), closing(model_inputs(learn, samples, remark, begun, keep_loss)) as batches:
+            first = in_step(lambda: [b for b in (next(batches, None), next(batches, None)) if b is not None])
+            if any_rank(not first): return None
+            return initialize(learn.model, chain(first, batches), options, loss=losses[-1], **arguments)
 
     def _say_now(self):
         "Log what was done in a fit without a log, such as that of `lr_find`."
@@ -158,23 +133,6 @@ class LSUVCallback(Callback):
     def _say(self, line: str):
         "Log a line, once for all ranks."
         if not rank_distrib(): self.learn.logger(line)
-
-    def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k != 'known'}
-
-    def __setstate__(self, state):
-        self.known = KnownWeights()
-        super().__setstate__(state)
-        self.from_file = True
-
-    def __deepcopy__(self, memo):
-        "A copy in memory comes from no file, and knows of its Learner's copy what this one knows of this."
-        new = memo[id(self)] = type(self).__new__(type(self))
-        vars(new).update(deepcopy({k: v for k, v in vars(self).items() if k != 'known'}, memo), known=KnownWeights())
-        if self.learn is None: return new
-        model,copied = self.learn.model,deepcopy(self.learn.model, memo)
-        if plain(model) in _INITIALIZED: _INITIALIZED.add(plain(copied))
-        vars(new)['known'] = self.known.of_copy(parameters(model), parameters(copied))
-        return new
 
 
 @patch

@@ -38,10 +38,10 @@ class NormWatch:
 
     Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than its eps, and the
     scale of everything behind it rests on that. `spread` is the smallest share of the output's variance that comes from
-    the input and not from eps, over the norm layers that have run; 1 while their samples differ."""
-    def __init__(self): self.spread = 1.
+    the input and not from eps, over the norm layers that have run; 1 while their samples differ. `normed` tells whether any has."""
+    def __init__(self): self.reset()
 
-    def reset(self) -> None: self.spread = 1.
+    def reset(self) -> None: self.spread,self.normed = 1.,False
 
     def see(self,
         mean: Tensor,  # Of each group that the layer normalizes
@@ -49,6 +49,7 @@ class NormWatch:
         eps: float,  # The layer's
         dtype: torch.dtype  # Of its input
     ) -> None:
+        self.normed = True
         mean,var = torch.stack([mean.flatten(), var.flatten()]).cpu().double().numpy()
         square = mean**2
         live = (square > 0) | (var > 0)  # a group of zeros was fed zeros
@@ -81,6 +82,7 @@ def _other_norm(function: Callable, groups: Callable[..., Tensor]) -> Callable:
     def handle(watch: NormWatch, *args, **kwargs) -> Tensor:
         out = function(*args, **kwargs)
         given = _bound(function, args, kwargs)
+        watch.normed = True
         x,weight,eps = given['input'],given.get('weight'),given.get('eps', 1e-5)
         if not isinstance(out, Tensor) or out.is_nested or out.numel() == 0: return out
         with torch.no_grad():
@@ -134,7 +136,8 @@ def _without(function: Callable, name: str, position: int, value: Any) -> Callab
 
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
             F.multi_head_attention_forward)
-_TORCH_DROPOUT = (torch.dropout, torch.dropout_, torch.feature_dropout, torch.native_dropout)
+_TORCH_DROPOUT = (torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_, torch.alpha_dropout,
+                  torch.alpha_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_, torch.native_dropout)
 _HANDLERS: dict[Callable, Callable] = {
     **{f: _not_training(f) for f in _DROPOUT},
     **{f: _without(f, 'train', 2, False) for f in _TORCH_DROPOUT},

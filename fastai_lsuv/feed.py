@@ -61,18 +61,18 @@ class Feed:
 
     def next(self) -> bool:
         "Move on to a fresh mini-batch, or stay with the last one. Returns whether there is a fresh one."
-        b = in_step(self._fresh)
+        b,self.joined = in_step(self._fresh),1
         if b is not None: in_step(lambda: self._take(b))
         return any_rank(b is not None)
 
     def gather(self) -> bool:
         "Join fresh mini-batches to the present one, as many as it holds. Returns whether there are any."
-        parts,any_fresh = [self.batch],False
-        for _ in range(self.joined):
+        parts,held,any_fresh = [self.batch],self.joined,False
+        for _ in range(held):
             any_fresh = self.next() or any_fresh
             if self.batch is not parts[-1]: parts.append(self.batch)
         if any_fresh and (joined := join(parts)) is not None:
-            self.batch,self.joined = joined,len(parts)
+            self.batch,self.joined = joined,held + len(parts) - 1
         return any_fresh
 
     def _fresh(self) -> Any:

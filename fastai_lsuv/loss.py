@@ -74,11 +74,18 @@ class LossCheck:
         return mean_of_ranks(loss)
 
     @property
+    def note(self) -> str:
+        "What is to be said of the loss: why it was not taken, or that predicting zeros is much better."
+        if self.error or self.pair is None: return self.error
+        return f"{self.constant:.2g} for predicting zeros" if 0 < 2*self.constant < self.after else ''
+
+    @property
     def failure(self) -> str:
         "What the loss says against the model as it is now, in words; \"\" if it does not."
         if self.pair is None or not isfinite(self.before): return ''
         reference = max(self.before, self.constant) if isfinite(self.constant) else self.before
-        # A loss that may be negative has no zero to compare with.
-        if isfinite(self.after) and (min(self.before, reference) <= 0 or self.after <= _FAR*reference): return ''
+        # A loss that may be negative has no zero to compare with. That of a WGAN's critic is 0 for zeros.
+        has_floor = min(self.before, reference, self.constant if isfinite(self.constant) else reference) > 0
+        if isfinite(self.after) and (not has_floor or self.after <= _FAR*reference): return ''
         zeros = f", and {self.constant:.3g} for predicting zeros" if isfinite(self.constant) else ''
         return f"the training loss came out at {self.after:.3g}, against {self.before:.3g} before{zeros}"

@@ -23,8 +23,9 @@ from .passes import Passes
 from .preinit import preinitialize
 from .ranks import from_rank_0, several_ranks
 from .report import LSUVReport, Row
+from .selection import find_units, measurable
 from .state import Copies, preserved
-from .units import Status, Target, Unit, find_units, measurable
+from .units import Status, Target, Unit
 
 __all__ = ['lsuv_init', 'layer_stats', 'initialize', 'plain']
 
@@ -122,7 +123,7 @@ def initialize(
             rows = [_row(u, before) for u in _in_order(passes)]
             undone = ''
         n_passes = n + bool(before) + (check.pair is not None)
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.error)
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.note)
 
 
 def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[float, float]]:
@@ -136,16 +137,16 @@ def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[floa
 
 def _run(passes: Passes, feed: Feed, max_iter: int) -> int:
     "Correct until a fresh mini-batch finds every unit at its target. Returns the number of passes."
-    tries = 0
+    tries,fresh = 0,True
     for n in range(1, max_iter + 1):
-        changed = passes(feed.batch)
+        changed = passes(feed.batch, fresh=fresh)
         doubts = {u.reason for u in passes.units} & {d.value for d in Doubt}
-        if doubts and tries < _MOST_TRIES and (feed.gather() if Doubt.ALIKE.value in doubts else feed.next()):
-            tries += 1
-            continue
-        if not changed: return n
-        feed.next()
-    passes(feed.batch, correct=False)
+        again = tries < _MOST_TRIES and bool(doubts)
+        tries += again
+        got_more = again and (feed.gather() if Doubt.ALIKE.value in doubts else feed.next())
+        if not (changed or got_more): return n
+        fresh = got_more or feed.next()
+    passes(feed.batch, correct=False, fresh=fresh)
     return max_iter + 1
 
 

@@ -19,6 +19,8 @@ __all__ = ['Evidence', 'Moments', 'whole_moments', 'channel_moments', 'pool', 'f
 
 # `E[x**2] - mean**2` loses digits where mean**2 exceeds this many variances. The moments are then taken again, centred.
 _CENTRE_ABOVE = 100.
+# Squares about zero are as good as those about the mean unless mean**2 exceeds this share of the variance.
+_MATTERS = 0.04
 # A plane of fewer elements takes longer to begin with than to sum.
 _SMALL = 128
 # Elements whose squares are summed in float32. Such sums are added up in double.
@@ -31,8 +33,10 @@ _MANY_SAMPLES = 2**12
 class Evidence:
     "What moments rest on."
     samples: int = 1  # Samples in the mini-batch: the size of dimension 0
-    top: float = 0.  # Share of the activation's squares that one sample holds, the largest
-    norm: float = 1.  # Smallest share of spread in the input of a norm layer before it (see `conditions.NormWatch`)
+    top: float = 0.  # Share of the variance that rests on one sample, the largest
+    spread: float = 1.  # Smallest share of spread that a norm layer before it has seen (see `conditions.NormWatch`)
+    normed: bool = False  # Whether a norm layer has run before it
+    alike: bool = False  # Whether the samples of the mini-batch are alike
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Moments:
     mean: np.ndarray  # (C,): mean of each channel; or a number: of the whole
     var: np.ndarray  # (C,): variance within each channel; or a number: its mean over channels, or that of the whole
     evidence: Evidence = field(default=Evidence())
+
+    @property
+    def features(self) -> float:
+        "Elements a sample."
+        return self.count*self.mean.size/self.evidence.samples
 
     def stats(self, per_channel: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Mean and std, unbiased as `Tensor.std` is.
@@ -118,10 +127,19 @@ def _norms(f: Tensor, row: int, acc: torch.dtype) -> Tensor:
     return torch.cat([q, torch.linalg.vector_norm(f[whole:], dtype=acc)[None]])
 
 
-def _evidence(x: Tensor, squares: np.ndarray, row: int) -> Evidence:
-    "What the moments of `x` rest on, from the sums of squares of its rows in the order of memory."
+def _evidence(
+    x: Tensor,
+    squares: np.ndarray,  # Sums of squares of its rows, in the order of memory
+    row: int,  # Elements in a row
+    mean: float,  # Of all elements
+    var: float  # Of all elements
+) -> Evidence:
+    "What the moments of `x` rest on."
     n = len(x) if x.dim() else 1
     if n == 1 or x.stride(0) != max(x.stride()): return Evidence(n)
+    if mean*mean > _MATTERS*var:  # the squares are to be those about the mean
+        acc = torch.promote_types(x.dtype, torch.float32)
+        squares = np.square(_norms(flat(x).to(acc) - mean, row, acc).double().cpu().numpy())
     size = x.numel()//n
     if row < size:  # several rows a sample
         squares = np.bincount(np.arange(len(squares))*row//size, weights=squares, minlength=n)
@@ -151,7 +169,8 @@ def whole_moments(
             centre = torch.tensor(mean, dtype=acc).item()
             rest,var,squares = take(f.to(acc) - centre)
             mean = centre + rest
-        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row))
+            return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, rest, var))
+        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, mean, var))
 
 
 def _channel_sums(x: Tensor, dim: int, acc: torch.dtype) -> Tensor:
@@ -206,9 +225,9 @@ def channel_moments(
             shape = [1]*x.dim()
             shape[dim] = c
             centre = torch.from_numpy(mean).to(acc)
-            rest,var,_,squares = take(x.to(acc) - centre.to(x.device).reshape(shape))
+            rest,var,*_ = take(x.to(acc) - centre.to(x.device).reshape(shape))
             mean = centre.double().numpy() + rest
-        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row))
+        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, mean.mean(), var.mean() + mean.var()))
 
 
 def pool(
@@ -227,5 +246,7 @@ def pool(
     squares = [m.count*float(np.mean(m.var + between(m))) for m in moments]
     total = sum(squares)
     top = max(m.evidence.top*q for m, q in zip(moments, squares))/total if total > 0 else 0.
-    evidence = Evidence(sum(m.evidence.samples for m in moments), top, min(m.evidence.norm for m in moments))
+    parts = [m.evidence for m in moments]
+    evidence = Evidence(sum(e.samples for e in parts), top, min(e.spread for e in parts), any(e.normed for e in parts),
+                        all(e.alike for e in parts))
     return Moments(n, mean, var, evidence)

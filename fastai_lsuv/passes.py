@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from .conditions import NormWatch, measuring
+from .evidence import samples_alike
 from .moments import first_tensor
-from .solvers import BetweenPasses, choose_solver, measure
+from .solvers import BetweenPasses, biases, choose_solver, measure
 from .units import Observation, Unit
 
 __all__ = ['Passes', 'arguments', 'call']
@@ -33,16 +34,18 @@ class Passes:
         self.between = {u: BetweenPasses(u) for u in units}
         self.owners: dict[Any, Unit] = {}  # Of each weight and bias, the unit that ran first
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
-        self.norms = NormWatch()
+        self.norms,self.alike = NormWatch(),False
 
     @torch.no_grad()
     def __call__(self,
         batch: Any,  # A tensor, or a tuple or dict of the model's inputs
-        correct: bool = True  # Run the loops, or only measure
+        correct: bool = True,  # Run the loops, or only measure
+        fresh: bool = True  # Whether this is another mini-batch than that of the pass before
     ) -> bool:  # Whether any unit was changed
-        for u in self.units: u.begin()
+        for u in self.units: u.begin(fresh)
         self.correct,self.ran = correct,0
         self.norms.reset()
+        self.alike = samples_alike(batch)
         with self.hooked(), measuring(self.model, self.norms), _eager(): call(self.model, batch)
         self._forget_stale()
         if correct: self._correct_between()
@@ -106,12 +109,13 @@ class Passes:
         if x is None or x.numel() == 0: return None
         may_change = self.correct and u.claim(self.owners)
         if u.seen is None:
-            u.seen = Observation(u.target.per_channel or bool(may_change and u.affine and u.biases().ndim))
+            u.seen = Observation(u.target.per_channel or bool(may_change and u.affine and biases(u).ndim))
             self.order.setdefault(u)
             self.ran += 1
         u.seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(self.ran, len(self.units))
-        u.seen.moments.append(measure(u, x, u.seen.by_channel, self.norms.spread))
+        told = dict(spread=self.norms.spread, normed=self.norms.normed, alike=self.alike)
+        u.seen.moments.append(measure(u, x, u.seen.by_channel, **told))
         if not (may_change and u.due()): return None
         u.reason = u.doubts(u.seen.moments[-1])
         return solver.observe(out) if not u.reason else None

@@ -45,7 +45,7 @@ def _draw(layer: nn.Module, w: Tensor) -> Tensor:
     "Fill `w` with an orthonormal weight for `layer`, in place where its memory allows."
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
     rows,cols = len(w), w[0].numel()
-    if w.is_contiguous(): orthonormal(rows, cols, groups=groups, out=w.view(rows, cols))
+    if w.is_contiguous() and not w.is_inference(): orthonormal(rows, cols, groups=groups, out=w.view(rows, cols))
     else: w.copy_(orthonormal(rows, cols, groups=groups, dtype=w.dtype, device=w.device).view(w.shape))
     return w
 

@@ -33,7 +33,8 @@ def pool_ranks(m: Moments) -> Moments:
     "Moments pooled over all ranks, bit for bit the same on each."
     if not several_ranks(): return m
     e = m.evidence
-    mine = torch.from_numpy(np.hstack([m.count, e.samples, e.top, e.norm, m.mean, m.var])).to(_device())
+    mine = np.hstack([m.count, e.samples, e.top, e.spread, e.normed, e.alike, m.mean, m.var])
+    mine = torch.from_numpy(mine).to(_device())
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)
     return pool([_unpack(p.cpu().numpy(), m) for p in parts])
@@ -41,8 +42,8 @@ def pool_ranks(m: Moments) -> Moments:
 
 def _unpack(numbers: np.ndarray, like: Moments) -> Moments:
     "The moments that a rank has sent."
-    (count, samples, top, norm), mean, var = np.split(numbers, [4, 4 + like.mean.size])
-    evidence = Evidence(int(samples), float(top), float(norm))
+    (count, samples, top, spread, normed, alike), mean, var = np.split(numbers, [6, 6 + like.mean.size])
+    evidence = Evidence(int(samples), float(top), float(spread), bool(normed), bool(alike))
     return Moments(int(count), mean.reshape(like.mean.shape), var.reshape(like.var.shape), evidence)
 
 

@@ -1,52 +1,21 @@
 """What was done to every layer: `LSUVReport`, a `Row` a unit, with its tables and its plot.
 
-`STATUSES` says in a sentence what each status means. pandas and matplotlib are imported when they are used."""
+pandas and matplotlib are imported when they are used."""
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from html import escape
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Iterator, overload
+
+from .rows import DONE, STATUSES, Row, counted, number, some_names
+from .tables import Table, has_baseline
 
 if TYPE_CHECKING: import pandas as pd
 
 __all__ = ['LSUVReport', 'Row', 'STATUSES']
 
-STATUSES = {
-    'ok': "the last pass measured it at its target",
-    'no bias': "std at its target; no bias that could move the mean there",
-    'off': "still out of tolerance after the last pass",
-    'frozen': "its weight does not require grad, or holds what was loaded or trained before",
-    'tied': "its weight is another module's too",
-    'constant': "its output does not vary: it is fed zeros, or zero-initialized",
-    'unresponsive': "scaling its weight does not scale its output; the weight was put back",
-    'alike': "a norm layer before it sees samples that are alike, and leaves noise; it keeps its starting weight",
-    'outlier': "one sample of the mini-batch sets its std; it keeps its starting weight",
-    'not called': "the model did not call it; its weight is as it was",
-    'non-finite': "its output holds NaNs or infinities",
-    'undone': "the weights were put back",
-}
-_DONE = ('ok', 'no bias')
-_MOST_ROWS = 40  # A longer table is folded
-_ENDS, _RARE = 8, 10  # Rows shown at either end of it, and how many amid them because their status is rare
-_WORDS = ('layer', 'kind', 'output', 'status')  # Columns of words, aligned to the left
 _LARGE_GAIN = 30.  # A weight that was scaled by more, or by less than its inverse, is named
-
-
-@dataclass(frozen=True)
-class Row:
-    "One unit, as the last pass found it."
-    name: str  # As in `named_modules()`
-    kind: str  # Class of the module
-    shape: tuple[int, ...]  # Of its output; () if it was not called
-    mean: float  # Of its output; with `per_channel`, the mean of the channels' means
-    std: float  # Of its output; with `per_channel`, the root mean square of the channels' stds
-    mean_before: float | None  # Before anything was done, if `baseline` or the loss was asked for
-    std_before: float | None  # The same of its std
-    passes: int  # Passes that changed its weight or bias, by giving it its start or by correcting it
-    status: str  # A key of `STATUSES`
-    gain: float = 1.  # Factor that its weight was scaled by, from the start that it was given
 
 
 class LSUVReport:
@@ -58,7 +27,7 @@ class LSUVReport:
     as `Tensor.std` is. Where fresh mini-batches keep disagreeing, those of the last passes are pooled.
 
     What became of a unit is its `status`: "ok", "no bias" (std right, and no bias to move the mean with), "off",
-    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "not called", "non-finite" or "undone"; `STATUSES`
+    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "faint", "not called", "non-finite" or "undone"; `STATUSES`
     explains them. A unit is "ok" only if its std was measured within `batch_tol` of its target and, where the order
     ends with a mean loop, its mean as close to its target as so many samples can tell."""
     def __init__(self,
@@ -67,10 +36,10 @@ class LSUVReport:
         n_passes: int = 1,  # Full forward passes it took
         loss: tuple[float, float] | None = None,  # Training loss before and after, if it was taken
         undone: str = '',  # Why the weights were put back; "" if they were not
-        loss_error: str = ''  # Why the loss was not taken although it was asked for
+        loss_note: str = ''  # What is to be said of the loss, or why it was not taken
     ):
         self.rows,self.order,self.n_passes = tuple(rows),order,n_passes
-        self.loss,self.undone,self.loss_error = loss,undone,loss_error
+        self.loss,self.undone,self.loss_note = loss,undone,loss_note
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
@@ -91,7 +60,7 @@ class LSUVReport:
     @property
     def ok(self) -> bool:
         "Whether the last pass measured every unit at its target."
-        return all(r.status in _DONE for r in self.rows)
+        return all(r.status in DONE for r in self.rows)
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
@@ -102,10 +71,10 @@ class LSUVReport:
     def left_alone(self) -> str:
         "One sentence that names the units that are not at their target, by status; \"\" if there are none."
         if self.undone: return ''
-        by_status = {s: [r.name for r in self.rows if r.status == s] for s in STATUSES if s not in _DONE}
-        parts = [f"{s} ({STATUSES[s]}): {_names(names)}" for s, names in by_status.items() if names]
+        by_status = {s: [r.name for r in self.rows if r.status == s] for s in STATUSES if s not in DONE}
+        parts = [f"{s} ({STATUSES[s]}): {some_names(names)}" for s, names in by_status.items() if names]
         n = sum(map(len, by_status.values()))
-        return f"LSUV did not normalize {n} of {_count(len(self), 'layer')}. " + '; '.join(parts) if parts else ''
+        return f"LSUV did not normalize {n} of {counted(len(self), 'layer')}. " + '; '.join(parts) if parts else ''
 
     @property
     def large_gains(self) -> tuple[Row, ...]:
@@ -121,140 +90,40 @@ class LSUVReport:
                       "should not have std 1, give them another `target_std`, or keep the result with `force=True`")
         gains = [f'{r.name or "(model)"} by {r.gain:.2g}' for r in self.large_gains]
         if gains:
-            large = (f"LSUV scaled some weights by a lot: {_names(gains)}. Check that the mini-batch is scaled as your "
-                     "data is")
+            large = (f"LSUV scaled some weights by a lot: {some_names(gains)}. Check that the mini-batch is scaled as "
+                     "your data is")
         return '. '.join(s for s in (undone, self.left_alone, large) if s)
 
     @property
     def summary(self) -> str:
         "What came of it, in one line."
         counts = Counter(r.status for r in self.rows)
-        done = sum(counts[s] for s in _DONE)
+        done = sum(counts[s] for s in DONE)
         rest = ', '.join(f'{counts[s]} {s}' for s in STATUSES if counts[s] and s != 'ok')
         rest = f' ({rest})' if rest else ''
-        if not self.order: return f"{_count(len(self), 'layer')}, std within 0.1 of 1 in {done}{rest}"
+        if not self.order: return f"{counted(len(self), 'layer')}, std within 0.1 of 1 in {done}{rest}"
         target = 'std' if 'std' in self.order else 'mean'
-        loss = f", training loss {_number(self.loss[0])} before and {_number(self.loss[1])} after" if self.loss else ''
-        if self.loss_error: loss = f", training loss not taken ({self.loss_error})"
-        return (f"LSUV {self.order!r}: {done} of {_count(len(self), 'layer')} at the target {target}{rest}, "
-                f"{_count(self.n_passes, 'forward pass', 'forward passes')}{loss}")
+        loss = f", training loss {number(self.loss[0])} before and {number(self.loss[1])} after" if self.loss else ''
+        if self.loss_note: loss += f"{'' if loss else ', training loss not taken'} ({self.loss_note})"
+        return (f"LSUV {self.order!r}: {done} of {counted(len(self), 'layer')} at the target {target}{rest}, "
+                f"{counted(self.n_passes, 'forward pass', 'forward passes')}{loss}")
 
     def df(self) -> pd.DataFrame:  # A row a unit, in order of execution
         "A DataFrame: a row a unit, the fields of `Row` as columns, those of the baseline only if it was measured."
         import pandas as pd
         df = pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
-        return df if self._baseline else df.drop(columns=['mean_before', 'std_before'])
+        return df if has_baseline(self.rows) else df.drop(columns=['mean_before', 'std_before'])
 
-    @property
-    def _baseline(self) -> bool: return any(r.std_before is not None for r in self.rows)
-
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        "Header and cells, with runs of layers that came out alike folded into one line where the table is long."
-        before,gain = ['mean before', 'std before'] if self._baseline else [],['gain'] if self.order else []
-        head = ['layer', 'kind', 'output', 'mean', 'std', *before, *gain, 'passes', 'status']
-        shown = self._shown()
-        lines: list[list[str]] = []
-        for folded, run in groupby(range(len(self)), key=lambda i: i not in shown):
-            rows = [self.rows[i] for i in run]
-            lines += [self._fold(rows)] if folded else map(self._cells, rows)
-        return head, lines
-
-    def _cells(self, r: Row) -> list[str]:
-        now = ['', ''] if r.status == 'not called' else [_number(r.mean), _number(r.std, small=True)]
-        before = [_number(r.mean_before), _number(r.std_before, small=True)] if self._baseline else []
-        gain = [f'{r.gain:.3g}'] if self.order else []
-        return [r.name or '(model)', r.kind, 'x'.join(map(str, r.shape)), *now, *before, *gain, str(r.passes), r.status]
-
-    def _fold(self, rows: list[Row]) -> list[str]:
-        "One line for a run of rows."
-        counts = Counter(r.status for r in rows)
-        statuses = next(iter(counts)) if len(counts) == 1 else ', '.join(f'{n} {s}' for s, n in counts.items())
-        spans = [_span([r.mean for r in rows]), _span([r.std for r in rows])]
-        others = ['']*(2*self._baseline + bool(self.order) + 1)
-        return [f'... {len(rows)} more', '', '', *spans, *others, statuses]
-
-    def _shown(self) -> set[int]:
-        "The rows with a line of their own: of a long table its ends, rare ones, and the first of each status."
-        n = len(self)
-        if n <= _MOST_ROWS: return set(range(n))
-        shown,room = {*range(_ENDS), *range(n - _ENDS, n)},_RARE
-        by_status = [[i for i, r in enumerate(self.rows) if r.status == s] for s in STATUSES]
-        for which in sorted(by_status, key=len):
-            new = which if len(which) <= room else which[:1]
-            shown.update(new)
-            room = max(room - len(new), 0)
-        return shown
-
-    def __str__(self) -> str:
-        head,lines = self._table()
-        widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-
-        def line(row):
-            cells = (c.ljust(w) if h in _WORDS else c.rjust(w) for c, w, h in zip(row, widths, head))
-            return '  '.join(cells).rstrip()
-
-        return '\n'.join([self.summary, '', line(head), line(['-'*w for w in widths]), *map(line, lines)])
+    def __str__(self) -> str: return f"{self.summary}\n\n{Table(self.rows, bool(self.order)).text()}"
 
     __repr__ = __str__
 
-    def _repr_html_(self) -> str:
-        head,lines = self._table()
-
-        def cell(text, column, tag):
-            align = 'left' if column in _WORDS else 'right'
-            return f'<{tag} style="text-align:{align}">{escape(text)}</{tag}>'
-
-        def row(cells, tag): return '<tr>' + ''.join(cell(c, h, tag) for c, h in zip(cells, head)) + '</tr>'
-
-        body = ''.join(row(line, 'td') for line in lines)
-        return f'<p>{escape(self.summary)}</p><table><thead>{row(head, "th")}</thead><tbody>{body}</tbody></table>'
+    def _repr_html_(self) -> str: return f'<p>{escape(self.summary)}</p>{Table(self.rows, bool(self.order)).html()}'
 
     def plot(self,
         axs: Any = None,  # Two matplotlib axes, for std and mean; new ones by default
         figsize: tuple[float, float] = (9, 4.5)  # Of the new figure, in inches
     ) -> Any:  # The two axes
         "Std and mean of each unit that ran, in order of execution, after and (with `baseline`) before."
-        import matplotlib.pyplot as plt
-        rows = [r for r in self.rows if r.status != 'not called']
-        if axs is None: _,axs = plt.subplots(2, 1, figsize=figsize, sharex=True, layout='constrained')
-        for ax, what in zip(axs, ('std', 'mean')): self._plot_one(ax, what, rows)
-        stds = [s for r in rows for s in (r.std, r.std_before) if s is not None and 0 < s < float('inf')]
-        if stds and max(stds)/min(stds) > 20: axs[0].set_yscale('log')
-        if len(rows) <= 30:
-            axs[-1].set_xticks(range(len(rows)), [r.name for r in rows], rotation=60, ha='right', fontsize=7)
-        else: axs[-1].set_xlabel('layer, in order of execution')
-        axs[0].legend(fontsize=8)
-        return axs
-
-    def _plot_one(self, ax: Any, what: str, rows: list[Row]) -> None:
-        "Plot one statistic: before, after, and a cross where a unit was not normalized."
-        x,marker = range(len(rows)),'o' if len(rows) <= 60 else ''
-        if self._baseline:
-            before = [getattr(r, what + '_before') for r in rows]
-            ax.plot(x, before, color='tab:gray', marker=marker, ms=3, lw=1, label='before')
-        after = [getattr(r, what) for r in rows]
-        ax.plot(x, after, color='tab:blue', marker=marker, ms=3, lw=1.2, label='after' if self.order else what)
-        bad = [i for i, r in enumerate(rows) if r.status not in _DONE]
-        if bad and self.order:
-            ax.plot(bad, [after[i] for i in bad], ls='', marker='x', color='tab:red', label='not normalized')
-        ax.set_ylabel(what)
-        ax.grid(alpha=.3)
-
-
-def _count(n: int, one: str, many: str = '') -> str: return f'{n} {one if n == 1 else many or one + "s"}'
-
-
-def _number(v: float | None, small: bool = False) -> str:
-    "Four decimals, or three digits where those would not do (for numbers near zero only if `small` ones matter)."
-    if v is None: return ''
-    if abs(v) >= 1e4 or small and 0 < abs(v) < 1e-3: return f'{v:.2g}' if abs(v) < 1 else f'{v:.3g}'
-    return f'{round(v, 4) + 0.:.4f}'
-
-
-def _span(vs: list[float]) -> str:
-    vs = [v for v in vs if v == v]
-    return f'{_number(min(vs))} to {_number(max(vs))}' if vs else ''
-
-
-def _names(names: list[str], most: int = 5) -> str:
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+        from .plots import plot_rows
+        return plot_rows(self.rows, bool(self.order), axs, figsize)

@@ -22,7 +22,7 @@ from .ranks import pool_ranks
 from .units import Unit
 from .weights import WeightRef, is_layer
 
-__all__ = ['ClosedForm', 'RunAgain', 'BetweenPasses', 'choose_solver', 'measure']
+__all__ = ['ClosedForm', 'RunAgain', 'BetweenPasses', 'choose_solver', 'measure', 'biases']
 
 # A closed-form step costs nothing. A step of any other unit costs a run of the unit (the paper stops at 10 too).
 _MAX_STEPS,_MAX_RUNS = 100,10
@@ -32,12 +32,20 @@ def measure(
     u: Unit,
     x: Tensor,  # Its output
     by_channel: bool,  # Whether channels matter, or the whole is enough
-    norm: float = 1.  # What a norm layer before it has told: see `Evidence.norm`
+    **told: Any  # What else the moments rest on, by the names of `Evidence`
 ) -> Moments:
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
         m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
-    return pool_ranks(replace(m, evidence=replace(m.evidence, norm=norm)))
+    return pool_ranks(replace(m, evidence=replace(m.evidence, **told)))
+
+
+def biases(u: Unit) -> np.ndarray:
+    "The bias of an affine unit: (C,) float64, or a number if it has none or all are the same."
+    b = getattr(u.layer, 'bias', None)
+    if b is None: return np.float64(0)
+    b = b.detach().to('cpu', torch.float64, copy=True).numpy()
+    return b[0] if (b == b[0]).all() else b
 
 
 def _loop(u: Unit, meter: Meter, max_steps: int) -> str:
@@ -125,8 +133,9 @@ class RunAgainMeter:
     def stats(self) -> tuple[np.ndarray, np.ndarray]:
         if self.stale:
             self.out = self.solver.run()
-            seen = self.unit.seen
-            self.moments = measure(self.unit, first_tensor(self.out), seen.by_channel, seen.moments[-1].evidence.norm)
+            e = self.first[0].evidence
+            told = dict(spread=e.spread, normed=e.normed, alike=e.alike)
+            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.by_channel, **told)
             self.stale = False
         return self.moments.stats(self.unit.target.per_channel)
 
@@ -181,7 +190,7 @@ class ClosedForm:
 
     @np.errstate(all='ignore')
     def _solve(self, x: Tensor) -> None:
-        u,b = self.unit,self.unit.biases()
+        u,b = self.unit,biases(self.unit)
         if b.ndim and not u.seen.by_channel: return  # biases were alike when the pass began; the next finds they differ
         now = u.recent()
         meter = AffineMeter(now.affine(1., -b), b, u.bias is not None, u.target.per_channel)

@@ -1,18 +1,27 @@
 """Whether the weights of a Learner's model mean something: they were loaded, trained, pretrained or frozen.
 
-`KnownWeights` remembers the weights as they were when the callback was attached, and tells which were written since.
-`came_trained` says why a whole model is to be left as it is. `begins_a_fit` tells a fit from a look at the model."""
+`CallbackOnNewWeights` is a callback that asks this before it acts. Its `KnownWeights` remember the weights as they were
+when it was attached, and tell which were written since. `came_trained` says why a whole model is to be left as it is.
+`begins_a_fit` tells a fit from a look at the model."""
 from __future__ import annotations
 
 import sys
-from typing import Iterable
-from weakref import ref
+from copy import deepcopy
+from typing import Callable, Iterable
+from weakref import WeakSet, ref
 
 from fastai.basics import Callback, L, Learner, SkipToEpoch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ['KnownWeights', 'parameters', 'came_trained', 'learned_norm', 'pretrained_body', 'begins_a_fit']
+from .lsuv import plain
+from .units import Unit
+
+__all__ = ['EARLIER', 'CallbackOnNewWeights', 'KnownWeights', 'parameters', 'came_trained', 'pretrained_body',
+           'begins_a_fit']
+
+EARLIER = "it was initialized before an earlier fit"
+_INITIALIZED: WeakSet[nn.Module] = WeakSet()  # Models that were initialized: the next fit may bring another callback
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -52,6 +61,65 @@ class KnownWeights:
         return new
 
 
+class CallbackOnNewWeights(Callback):
+    "A callback that acts on a model once, and only on weights that mean nothing yet."
+    def __init__(self):
+        super().__init__()
+        self.anyway,self.from_file,self.known = False,False,KnownWeights()
+
+    def __setattr__(self, name, value):
+        if name == 'learn' and value is not None:
+            other = next((cb for cb in value.cbs if type(cb) is type(self) and cb is not self), None)
+            if other is not None:
+                raise ValueError(f"cbs: got a second {type(self).__name__}; the Learner has {other!r} already. Keep "
+                                 f"one: `learn.remove_cb(learn.{self.name})` takes it away")
+        super().__setattr__(name, value)
+        if name == 'learn' and value is not None: self.known.note(parameters(value.model))
+
+    def reset(self) -> None:
+        "Forget what was done: the next fit initializes the model, whatever its weights mean."
+        self.anyway = True
+
+    def done(self) -> None:
+        "Remember that the model has been initialized."
+        self.anyway = False
+        _INITIALIZED.add(plain(self.learn.model))
+
+    def why_not(self,
+        force: bool  # Whether weights that were loaded, trained or pretrained are no reason
+    ) -> str:
+        "Why no weight of the model is to be touched, or \"\"."
+        if self.anyway: return ''
+        if plain(self.learn.model) in _INITIALIZED: return EARLIER
+        if force: return ''
+        return "it comes from a file" if self.from_file else came_trained(self.learn, self.known)
+
+    def holds_meaning(self) -> Callable[[Unit], bool]:
+        "Which units hold weights that were loaded, were frozen, or belong to the body of a pretrained Learner."
+        params = parameters(self.learn.model)
+        frozen = {id(p) for p in params if self.known.was_frozen(p)}
+        keep = self.known.written(params) | frozen | pretrained_body(self.learn)
+        return lambda u: any(id(w.value) in keep for w in u.weights)
+
+    def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k != 'known'}
+
+    def __setstate__(self, state):
+        self.known = KnownWeights()
+        super().__setstate__(state)
+        self.from_file = True
+
+    def __deepcopy__(self, memo):
+        "A copy in memory comes from no file, and knows of its Learner's copy what this one knows of this."
+        new = memo[id(self)] = type(self).__new__(type(self))
+        held = {k: v for k, v in vars(self).items() if k != 'known'}
+        vars(new).update(deepcopy(held, memo), known=KnownWeights())
+        if self.learn is None: return new
+        model,copied = self.learn.model,deepcopy(self.learn.model, memo)
+        if plain(model) in _INITIALIZED: _INITIALIZED.add(plain(copied))
+        vars(new)['known'] = self.known.of_copy(parameters(model), parameters(copied))
+        return new
+
+
 def came_trained(learn: Learner, known: KnownWeights) -> str:
     "Why no weight of the model is to be touched, or \"\"."
     start = next((cb for cb in learn.cbs if isinstance(cb, SkipToEpoch)), None)
@@ -61,7 +129,7 @@ def came_trained(learn: Learner, known: KnownWeights) -> str:
     if params and len(known.written(params)) == len(params): return "its weights were loaded"
     # Where some are or were frozen, or the Learner knows of a pretrained body, the rest may well be a new head.
     if vars(learn).get('pretrained') or any(not p.requires_grad or known.was_frozen(p) for p in params): return ''
-    learned = learned_norm(learn.model)
+    learned = _learned_norm(learn.model)
     return f"it comes trained, as its norm layer {learned!r} shows" if learned else ''
 
 
@@ -97,7 +165,7 @@ def _found_lr(recorder: Callback | None) -> bool:
     return len(factors) > 1 and min(factors) > 1 and max(factors) < 1.001*min(factors)
 
 
-def learned_norm(model: nn.Module) -> str:
+def _learned_norm(model: nn.Module) -> str:
     "Name of a norm layer that has learned, or \"\": nobody starts both its weight and its bias with several values."
     def varies(p): return p is not None and not is_lazy(p) and bool((p != p[:1]).any())
 

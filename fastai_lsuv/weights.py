@@ -1,7 +1,7 @@
 """What a unit is made of: `WeightRef` reads, scales and shifts a weight or a bias, wherever a module keeps it.
 
-`KINDS` is the table of the layers whose output is known to be affine in a weight and a bias. `layer_of` finds the layer
-inside a module, `weights_of` and `own` its `WeightRef`s."""
+`KINDS` is the table of the layers whose output is known to be affine in a weight and a bias. `parts_of` finds what a
+module's output is made with: the layer, and its weights and bias as `WeightRef`s."""
 from __future__ import annotations
 
 import sys
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-__all__ = ['Kind', 'KINDS', 'kind_of', 'is_layer', 'is_affine', 'WeightRef', 'layer_of', 'weights_of', 'own']
+__all__ = ['Kind', 'KINDS', 'is_layer', 'WeightRef', 'Parts', 'parts_of']
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ KINDS = [
 ]
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def _kind_of(module: nn.Module) -> Kind | None:
     "The entry of `KINDS` that `module` is an instance of."
     return next((k for k in KINDS if (c := k.loaded()) is not None and isinstance(module, c)), None)
 
 
 def is_layer(module: nn.Module) -> bool:
     "Whether `module` is normalized unless `modules` says otherwise: conv, linear and attention layers."
-    return isinstance(module, (_ConvNd, nn.MultiheadAttention)) or kind_of(module) is not None
+    return isinstance(module, (_ConvNd, nn.MultiheadAttention)) or _kind_of(module) is not None
 
 
-def is_affine(module: nn.Module) -> bool:
+def _is_affine(module: nn.Module) -> bool:
     "Whether the output is affine in the `weight` and `bias` parameters that the module holds, and nothing intervenes."
     if isinstance(module, nn.MultiheadAttention):  # its output is that of `out_proj`, which it applies itself
-        return type(module).forward is nn.MultiheadAttention.forward and is_affine(module.out_proj)
-    kind = kind_of(module)
+        return type(module).forward is nn.MultiheadAttention.forward and _is_affine(module.out_proj)
+    kind = _kind_of(module)
     if kind is None or 'weight' not in module._parameters or 'forward' in vars(module): return False
     return all(getattr(type(module), f, None) is getattr(kind.loaded(), f, None) for f in kind.forwards)
 
@@ -96,6 +96,13 @@ class WeightRef:
         if self.has_setter: setattr(self.owner, self.name, value)
         else: self.tensor.data.copy_(value)
 
+    def size(self) -> float:
+        "Root mean square of the weight's singular values, which are 1 in an orthonormal weight; 1 if it is no matrix."
+        w = self.tensor
+        if w is None or w.dim() < 2: return 1.
+        rows,cols = len(w), w[0].numel()
+        return torch.linalg.vector_norm(w.detach().float()).item()/min(rows, cols)**0.5
+
     @torch.no_grad()
     def mul(self, by: np.ndarray) -> None:
         to = self._by_channel(by)
@@ -120,7 +127,7 @@ class WeightRef:
         return x.reshape(*x.shape, *[1]*(v.dim() - x.dim())).to(v)
 
 
-def own(module: nn.Module, name: str) -> list[WeightRef]:
+def _own(module: nn.Module, name: str) -> list[WeightRef]:
     "The weight or bias that `module` itself has by this name, if any."
     v = getattr(module, name, None)
     if isinstance(v, Tensor): return [WeightRef(module, name)]
@@ -130,18 +137,18 @@ def own(module: nn.Module, name: str) -> list[WeightRef]:
     return [ref] if (ref := WeightRef(module, name)).has_setter else []
 
 
-def layer_of(module: nn.Module) -> nn.Module | None:
+def _layer_of(module: nn.Module) -> nn.Module | None:
     "The layer whose weight makes `module`'s output: itself, an attention's output projection, or the first inside."
     if isinstance(module, nn.MultiheadAttention): return module.out_proj
     if is_layer(module): return module
     inner = next((m for m in module.modules() if is_layer(m)), None)
-    if inner is not None: return layer_of(inner)
+    if inner is not None: return _layer_of(inner)
     return module if getattr(module, 'weight', None) is not None else None
 
 
-def weights_of(layer: nn.Module) -> list[WeightRef]:
+def _weights_of(layer: nn.Module) -> list[WeightRef]:
     "What may scale the output of `layer`: its weight, what its weight is computed from, or a gain of its own."
-    kind = kind_of(layer)
+    kind = _kind_of(layer)
     groups = getattr(layer, 'groups', 1) if isinstance(layer, _ConvTransposeNd) or kind and kind.transposed else 0
     if parametrize.is_parametrized(layer, 'weight'):
         # `original0` is the magnitude of weight_norm. Torch's other parametrizations have one `original`.
@@ -149,9 +156,36 @@ def weights_of(layer: nn.Module) -> list[WeightRef]:
         return [WeightRef(originals, 'original0' if hasattr(originals, 'original0') else 'original', groups)]
     if 'weight' not in layer._parameters:  # a hook or a property computes it
         of = next((n for n in ('weight_g', 'weight_orig') if n in layer._parameters), None)
-        return [WeightRef(layer, of, groups)] if of else [ref for ref in own(layer, 'weight') if ref.has_setter]
+        return [WeightRef(layer, of, groups)] if of else [ref for ref in _own(layer, 'weight') if ref.has_setter]
     refs = [WeightRef(layer, 'weight', groups)]
-    if is_affine(layer): return refs
+    if _is_affine(layer): return refs
     # A subclass that standardizes its weight is scaled by its gain, one number a channel.
     gains = [n for n, p in layer._parameters.items() if n not in ('weight', 'bias') and p is not None]
     return refs + [WeightRef(layer, n) for n in gains if layer._parameters[n].numel() in (1, layer.weight.shape[0])]
+
+
+@dataclass
+class Parts:
+    "What the output of a module is made with."
+    layer: nn.Module | None  # The layer whose weight makes it; `None` if there is none
+    weights: list[WeightRef]  # What may scale the output, likeliest first, less what is frozen
+    bias: WeightRef | None  # What may shift it, unless it is frozen
+    frozen: bool  # Whether there are weights, and all of them are frozen
+    channel_dim: int  # Dimension of the output that holds the channels
+    affine: bool  # Whether the output is known to be affine in the weight and the bias
+
+
+def parts_of(module: nn.Module) -> Parts:
+    """What the output of `module` is made with.
+
+    A container has the parts of the first affine layer inside it, unless it has a `weight` or `bias` of its own (a
+    property, as the lesson-11 `ConvLayer`'s `bias`)."""
+    layer = _layer_of(module)
+    if layer is None: return Parts(None, [], None, False, -1, False)
+    weights,biases = _weights_of(layer),_own(layer, 'bias')
+    if layer is not module: weights,biases = _own(module, 'weight') or weights,_own(module, 'bias') or biases
+    kind = _kind_of(layer)
+    channel_dim = kind.channel_dim if kind else -1
+    if isinstance(layer, _ConvNd): channel_dim = -1 - len(layer.kernel_size)
+    free,bias = [w for w in weights if not w.frozen()],next((b for b in biases if not b.frozen()), None)
+    return Parts(layer, free, bias, bool(weights) and not free, channel_dim, _is_affine(module))

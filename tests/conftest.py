@@ -13,7 +13,9 @@ settings.load_profile('tests')
 
 @pytest.fixture(autouse=True)
 def same_start():
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
     torch.set_num_threads(1)  # the networks here are small, and two threads wait for each other
 
 
@@ -32,5 +34,6 @@ def digits():
     "256 of scikit-learn's digits, 28x28 and normalized, and their labels."
     from sklearn.datasets import load_digits
     x, y = load_digits(return_X_y=True)
-    x = torch.nn.functional.interpolate(torch.tensor(x[:256], dtype=torch.float32).view(-1, 1, 8, 8), size=28, mode='bilinear')
+    x = torch.tensor(x[:256], dtype=torch.float32).view(-1, 1, 8, 8)
+    x = torch.nn.functional.interpolate(x, size=28, mode='bilinear')
     return (x - x.mean())/x.std(), torch.tensor(y[:256])

@@ -13,7 +13,8 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 
 from fastai_lsuv import LSUVCallback
-from fastai_lsuv.units import find_units
+from fastai_lsuv.batches import model_inputs, no_trace
+from fastai_lsuv.selection import find_units
 
 
 # --- data
@@ -28,21 +29,24 @@ def images(n=64, size=12, channels=3, classes=4):
 def loaders(items=None, bs=16, num_workers=0, **kwargs):
     "fastai DataLoaders of these items, training and validation alike."
     items = images() if items is None else items
-    return DataLoaders(DataLoader(items, bs=bs, shuffle=True, num_workers=num_workers, **kwargs), DataLoader(items[:bs], bs=bs), device='cpu')
+    train = DataLoader(items, bs=bs, shuffle=True, num_workers=num_workers, **kwargs)
+    return DataLoaders(train, DataLoader(items[:bs], bs=bs), device='cpu')
 
 
 def torch_loaders(items=None, bs=16, generator=None, **kwargs):
     "The same of plain PyTorch."
     items = images() if items is None else items
     loader = torch.utils.data.DataLoader
-    return DataLoaders(loader(items, batch_size=bs, shuffle=True, generator=generator, **kwargs), loader(items[:bs], batch_size=bs))
+    train = loader(items, batch_size=bs, shuffle=True, generator=generator, **kwargs)
+    return DataLoaders(train, loader(items[:bs], batch_size=bs))
 
 
 # --- models and Learners
 
 def cnn(width=8, classes=4):
-    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, stride=2), nn.ReLU(),
-                         nn.Dropout(0.3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+    stem = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    body = [nn.Conv2d(width, width, 3, stride=2), nn.ReLU(), nn.Dropout(0.3)]
+    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
 def learner(dls=None, model=None, cbs=None, seed=1, **kwargs):
@@ -76,27 +80,37 @@ def same(a, b):
 def stds(learn, x=None):
     "Std of each unit's output in training mode, on the whole of the training data."
     from fastai_lsuv import layer_stats
-    return [s for _, s in layer_stats(learn.model, torch.stack([i[0] for i in learn.dls.train_ds]) if x is None else x).pairs]
+    if x is None:
+        x = torch.stack([i[0] for i in learn.dls.train_ds])
+    return [s for _, s in layer_stats(learn.model, x).pairs]
 
 
 class Snapshots(Callback):
     "Takes `everything(learn)` in `before_fit`, just before LSUV or (`order` 10.6) just after."
-    def __init__(self, order=10.4, but=None): self.order,self.but,self.of = order,but or units_and_notes,[]
-    def before_fit(self): self.of.append(everything(self.learn, but=self.but(self.learn)))
+    def __init__(self, order=10.4, but=None):
+        self.order,self.but,self.of = order,but or units_and_notes,[]
+    def before_fit(self):
+        self.of.append(everything(self.learn, but=self.but(self.learn)))
 
 
 def notes(learn):
     "What LSUV, and these tests, write down."
-    return [*(cb.known for cb in learn.cbs if isinstance(cb, LSUVCallback)), *(cb.of for cb in learn.cbs if isinstance(cb, Snapshots)), learn.lines]
+    known = [cb.known for cb in learn.cbs if isinstance(cb, LSUVCallback)]
+    taken = [cb.of for cb in learn.cbs if isinstance(cb, Snapshots)]
+    return [*known, *taken, learn.lines]
 
 
 def units_and_notes(learn):
     "What LSUV may change: the weights and biases of the units, and its own notes."
-    return [*(p for u in find_units(learn.model, learn.lsuv.options['modules']) for k in u.refs if (p := k.tensor) is not None), *notes(learn)]
+    units = find_units(learn.model, learn.lsuv.options['modules'])
+    tensors = [r.tensor for u in units for r in u.refs if r.tensor is not None]
+    return [*tensors, *notes(learn)]
 
 
 def disturbed(make):
-    """Where `make(cbs)`, a Learner, differs after LSUV in its first fit from before; also that it ran, and changed weights.
+    """Where `make(cbs)`, a Learner, differs after LSUV in its first fit from before.
+
+    LSUV must have run, and have changed weights.
 
     The fit ends where training would begin."""
     before,after = Snapshots(10.4),Snapshots(10.6)
@@ -110,19 +124,24 @@ def disturbed(make):
 class Stop(Callback):
     "Ends the fit before anything is trained."
     order = 100
-    def before_train(self): raise CancelFitException
+    def before_train(self):
+        raise CancelFitException
 
 
 class Around(Callback):
     "Calls `f(learn)` in `before_fit`, just before LSUV (`order` 10.4) or just after it (10.6)."
-    def __init__(self, f, order=10.4): self.f,self.order = f,order
-    def before_fit(self): self.f(self.learn)
+    def __init__(self, f, order=10.4):
+        self.f,self.order = f,order
+    def before_fit(self):
+        self.f(self.learn)
 
 
 # --- every kind of Learner, as functions of its callbacks
 
 KINDS = {}
-def kind(f): KINDS[f.__name__] = f; return f
+def kind(f):
+    KINDS[f.__name__] = f
+    return f
 
 
 @kind
@@ -130,7 +149,8 @@ def plain(cbs=None, **kwargs): return learner(cbs=cbs, **kwargs)
 
 
 @kind
-def pytorch(cbs=None, **kwargs): return learner(torch_loaders(generator=torch.Generator().manual_seed(3)), cbs=cbs, **kwargs)
+def pytorch(cbs=None, **kwargs):
+    return learner(torch_loaders(generator=torch.Generator().manual_seed(3)), cbs=cbs, **kwargs)
 
 
 @kind
@@ -140,11 +160,18 @@ def vision(cbs=None, num_workers=0, **kwargs):
 
 
 def augmented(num_workers=0, n=48):
-    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, RandomResizedCrop, RandomSplitter, aug_transforms
+    from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, RandomResizedCrop, RandomSplitter,
+                                   aug_transforms)
     set_seed(0)
     pixels = np.random.RandomState(0).randint(0, 255, (n, 20, 20, 3)).astype('uint8')
-    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: pixels[i], get_y=lambda i: 'abcd'[i % 4], splitter=RandomSplitter(0.2, seed=0),
-                      item_tfms=RandomResizedCrop(16, min_scale=0.3), batch_tfms=aug_transforms(size=12, max_rotate=30, p_affine=1., p_lighting=1.))
+    block = DataBlock(
+        (ImageBlock, CategoryBlock),
+        get_x=lambda i: pixels[i],
+        get_y=lambda i: 'abcd'[i % 4],
+        splitter=RandomSplitter(0.2, seed=0),
+        item_tfms=RandomResizedCrop(16, min_scale=0.3),
+        batch_tfms=aug_transforms(size=12, max_rotate=30, p_affine=1., p_lighting=1.),
+    )
     return block.dataloaders(range(n), bs=16, num_workers=num_workers, device='cpu')
 
 
@@ -153,9 +180,16 @@ def tabular(cbs=None, **kwargs):
     import pandas as pd
     from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
     r = np.random.RandomState(0)
-    df = pd.DataFrame({'a': r.randn(96), 'b': r.randn(96)*5 + 3, 'c': r.choice(list('xyz'), 96), 'y': r.choice(['no', 'yes'], 96)})
+    df = pd.DataFrame({
+        'a': r.randn(96),
+        'b': r.randn(96)*5 + 3,
+        'c': r.choice(list('xyz'), 96),
+        'y': r.choice(['no', 'yes'], 96),
+    })
     set_seed(1)
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], cat_names=['c'], cont_names=['a', 'b'], y_names='y', valid_idx=list(range(24)), bs=16, device='cpu')
+    columns = dict(cat_names=['c'], cont_names=['a', 'b'], y_names='y')
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, FillMissing, Normalize], valid_idx=list(range(24)), bs=16,
+                                     device='cpu', **columns)
     return quiet(tabular_learner(dls, layers=[12, 8], n_out=2, cbs=cbs, **kwargs))
 
 
@@ -171,8 +205,12 @@ def text_loaders(lm, bs=8):
     from fastai.text.all import Categorize, Datasets, ItemGetter, LMDataLoader, Numericalize, SortedDL, pad_input
     set_seed(1)
     numericalize = [ItemGetter(0), Numericalize(vocab=['xxunk', 'xxpad', *WORDS])]
-    if lm: return Datasets(texts(), [numericalize], splits=[range(60), range(60, 72)], dl_type=LMDataLoader).dataloaders(bs=bs, seq_len=16, device='cpu')
-    return Datasets(texts(), [numericalize, [ItemGetter(1), Categorize()]], splits=[range(60), range(60, 72)], dl_type=SortedDL).dataloaders(bs=bs, before_batch=pad_input, device='cpu')
+    splits = [range(60), range(60, 72)]
+    if lm:
+        datasets = Datasets(texts(), [numericalize], splits=splits, dl_type=LMDataLoader)
+        return datasets.dataloaders(bs=bs, seq_len=16, device='cpu')
+    datasets = Datasets(texts(), [numericalize, [ItemGetter(1), Categorize()]], splits=splits, dl_type=SortedDL)
+    return datasets.dataloaders(bs=bs, before_batch=pad_input, device='cpu')
 
 
 @kind
@@ -188,21 +226,26 @@ def classifier(cbs=None, clas_bs=20, **kwargs):
     from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, text_classifier_learner
     config = dict(awd_lstm_clas_config, emb_sz=12, n_hid=16, n_layers=2)
     dls = text_loaders(lm=False, bs=clas_bs)
-    return quiet(text_classifier_learner(dls, AWD_LSTM, config=config, lin_ftrs=[10], **{'pretrained': False, **kwargs}, cbs=cbs))
+    options = {'pretrained': False, **kwargs}
+    return quiet(text_classifier_learner(dls, AWD_LSTM, config=config, lin_ftrs=[10], **options, cbs=cbs))
 
 
 def body(pretrained=False):
     "A network that the vision factories cut before its pool."
-    def block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-    model = nn.Sequential(block(3, 8), block(8, 16), block(16, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    if pretrained: model.load_state_dict(pretrained_weights(model))
+    def block(i, o):
+        return nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    blocks = block(3, 8),block(8, 16),block(16, 16)
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    if pretrained:
+        model.load_state_dict(pretrained_weights(model))
     return model
 
 
 def pretrained_weights(model):
     "Weights that only training could have given."
     g = torch.Generator().manual_seed(7)
-    return {k: torch.rand(v.shape, generator=g) + 0.5 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    def trained(v): return torch.rand(v.shape, generator=g) + 0.5 if v.is_floating_point() else v
+    return {k: trained(v) for k, v in model.state_dict().items()}
 
 
 @kind
@@ -211,14 +254,16 @@ def unet(cbs=None, **kwargs):
     set_seed(1)
     pairs = [(TensorImage(torch.randn(3, 32, 32)), TensorMask(torch.randint(0, 2, (32, 32)))) for _ in range(8)]
     dls = loaders(pairs, bs=4)
-    return quiet(unet_learner(dls, body, n_out=2, loss_func=CrossEntropyLossFlat(axis=1), normalize=False, **{'pretrained': False, **kwargs}, cbs=cbs))
+    options = {'loss_func': CrossEntropyLossFlat(axis=1), 'normalize': False, 'pretrained': False, **kwargs}
+    return quiet(unet_learner(dls, body, n_out=2, **options, cbs=cbs))
 
 
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
         self.image,self.numbers,self.head = nn.Conv2d(3, 8, 3),nn.Linear(5, 8),nn.Linear(16, 4)
-    def forward(self, x, v): return self.head(torch.cat([F.relu(self.image(x)).mean((2, 3)), F.relu(self.numbers(v))], 1))
+    def forward(self, x, v):
+        return self.head(torch.cat([F.relu(self.image(x)).mean((2, 3)), F.relu(self.numbers(v))], 1))
 
 
 @kind
@@ -230,40 +275,65 @@ def two_inputs(cbs=None, **kwargs):
     return learner(dls, TwoInputs(), cbs=cbs, **kwargs)
 
 
+def batches(learn, n=3, min_samples=1):
+    "The first mini-batches that LSUV would see, and what it says about them."
+    lines = []
+    with no_trace(learn):
+        stream = model_inputs(learn, min_samples, lines.append)
+        return [next(stream) for _ in range(n)], lines
+
+
 # --- all that a Learner holds
 
-_LEAVES = (str, bytes, int, float, complex, bool, type(None), type, FunctionType, BuiltinFunctionType, ModuleType, torch.dtype, torch.device, threading.Thread)
+_LEAVES = (str, bytes, int, float, complex, bool, type(None), type, FunctionType, BuiltinFunctionType, ModuleType,
+           torch.dtype, torch.device, threading.Thread)
 
 
 def everything(*roots, but=()):
-    """All that is reached from some objects, as {path: value}: every attribute of every object, tensors and arrays by their bits,
-    generators by their state, and the generators of random, numpy and torch. Of the objects `but`, only which they are."""
+    """All that is reached from some objects, as {path: value}.
+
+    That is every attribute of every object, tensors and arrays by their bits, generators by their state, and the
+    generators of random, numpy and torch. Of the objects `but`, it tells only which they are."""
     out,seen,todo,but = {},{},[(type(r).__name__, r) for r in roots],{id(o) for o in but}
     while todo:
         path,v = todo.pop()
-        if isinstance(v, _LEAVES): out[path] = v; continue
-        if id(v) in seen: out[path] = 'as ' + seen[id(v)][0]; continue
+        if isinstance(v, _LEAVES):
+            out[path] = v
+            continue
+        if id(v) in seen:
+            out[path] = 'as ' + seen[id(v)][0]
+            continue
         seen[id(v)] = path,v  # keeps `v`, and so its id
         out[path] = f'{type(v).__name__} {id(v)}' if not isinstance(v, tuple) else 'tuple'
-        if isinstance(v, torch.Tensor): out[path] += f' {v.dtype} {v.shape} {v.requires_grad} {v.grad is not None}'
+        if isinstance(v, torch.Tensor):
+            out[path] += f' {v.dtype} {v.shape} {v.requires_grad} {v.grad is not None}'
         if id(v) in but: continue
         if isinstance(v, torch.Tensor):
             t = v.detach().as_subclass(torch.Tensor)
             out[path + ' bits'] = t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if v.numel() else b''
-        elif isinstance(v, np.ndarray): out[path + ' bits'] = repr(v.tolist())
-        elif isinstance(v, torch.Generator): out[path + ' state'] = v.get_state().numpy().tobytes()
-        elif isinstance(v, random.Random): out[path + ' state'] = v.getstate()
-        elif isinstance(v, np.random.Generator): out[path + ' state'] = repr(v.bit_generator.state)
-        elif isinstance(v, np.random.RandomState): out[path + ' state'] = repr(v.get_state())
+        elif isinstance(v, np.ndarray):
+            out[path + ' bits'] = repr(v.tolist())
+        elif isinstance(v, torch.Generator):
+            out[path + ' state'] = v.get_state().numpy().tobytes()
+        elif isinstance(v, random.Random):
+            out[path + ' state'] = v.getstate()
+        elif isinstance(v, np.random.Generator):
+            out[path + ' state'] = repr(v.bit_generator.state)
+        elif isinstance(v, np.random.RandomState):
+            out[path + ' state'] = repr(v.get_state())
         elif isinstance(v, dict):
             out[path + ' keys'] = [k if isinstance(k, _LEAVES) else id(k) for k in v]
             todo += [(f'{path}[{k if isinstance(k, _LEAVES) else id(k)}]', o) for k, o in v.items()]
         elif isinstance(v, (list, tuple, deque)):
             out[path + ' len'] = len(v)
             todo += [(f'{path}[{i}]', o) for i, o in enumerate(v)]
-        elif isinstance(v, (set, frozenset)): out[path + ' items'] = {o if isinstance(o, _LEAVES) else id(o) for o in v}
-        elif isinstance(v, MethodType): out[path] = v.__func__; todo.append((path + '.__self__', v.__self__))
-        elif isinstance(v, (weakref.ref, weakref.WeakSet)) or type(v).__module__.split('.')[0] == 'pandas': pass
+        elif isinstance(v, (set, frozenset)):
+            out[path + ' items'] = {o if isinstance(o, _LEAVES) else id(o) for o in v}
+        elif isinstance(v, MethodType):
+            out[path] = v.__func__
+            todo.append((path + '.__self__', v.__self__))
+        elif isinstance(v, (weakref.ref, weakref.WeakSet)) or type(v).__module__.split('.')[0] == 'pandas':
+            pass
         elif hasattr(v, '__dict__'):
             out[path + ' attributes'] = sorted(vars(v))
             todo += [(f'{path}.{k}', o) for k, o in vars(v).items()]
@@ -272,10 +342,18 @@ def everything(*roots, but=()):
 
 def outside():
     "What belongs to no object: the generators of random, numpy and torch, autocast, and whether gradients are taken."
-    return {'random': random.getstate(), 'numpy': repr(np.random.get_state()), 'torch': torch.get_rng_state().numpy().tobytes(), 'grad': torch.is_grad_enabled(),
-            'autocast': (torch.is_autocast_enabled('cpu'), torch.get_autocast_dtype('cpu'), torch.is_autocast_cache_enabled())}
+    return {
+        'random': random.getstate(),
+        'numpy': repr(np.random.get_state()),
+        'torch': torch.get_rng_state().numpy().tobytes(),
+        'grad': torch.is_grad_enabled(),
+        'autocast on': torch.is_autocast_enabled('cpu'),
+        'autocast type': torch.get_autocast_dtype('cpu'),
+        'autocast cache': torch.is_autocast_cache_enabled(),
+    }
 
 
 def changed(before, after, but=('.lsuv.report',)):
     "Paths at which two results of `everything` differ, less those that hold one of `but`."
-    return sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k) and not any(b in k for b in but))
+    differ = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
+    return sorted(k for k in differ if not any(b in k for b in but))

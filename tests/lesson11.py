@@ -12,8 +12,10 @@ class GeneralRelu(nn.Module):
         self.leak,self.sub,self.maxv = leak,sub,maxv
     def forward(self, x):
         x = F.leaky_relu(x, self.leak) if self.leak is not None else F.relu(x)
-        if self.sub is not None: x.sub_(self.sub)
-        if self.maxv is not None: x.clamp_max_(self.maxv)
+        if self.sub is not None:
+            x.sub_(self.sub)
+        if self.maxv is not None:
+            x.clamp_max_(self.maxv)
         return x
 
 
@@ -27,7 +29,8 @@ class ConvLayer(nn.Module):
     @property
     def bias(self): return -self.relu.sub
     @bias.setter
-    def bias(self, v): self.relu.sub = -v
+    def bias(self, v):
+        self.relu.sub = -v
     @property
     def weight(self): return self.conv.weight
 
@@ -40,7 +43,8 @@ class LearnableConvLayer(ConvLayer):
     @property
     def bias(self): return -self.relu.sub
     @bias.setter
-    def bias(self, v): self.relu.sub.data.copy_(-v)
+    def bias(self, v):
+        self.relu.sub.data.copy_(-v)
 
 
 def lesson11(layer=ConvLayer, widths=(8, 16, 32, 64, 64), channels=1, n_out=10, **kwargs):

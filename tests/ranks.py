@@ -21,14 +21,18 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, w, self.bias)
 
 
-def model(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), Standardized(8, 8, 3), nn.GELU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(6*6*6, 4))
+def model():
+    first,again,last = nn.Conv2d(3, 8, 3),Standardized(8, 8, 3),nn.Conv2d(8, 6, 3)
+    return nn.Sequential(first, nn.ReLU(inplace=True), again, nn.GELU(), last, nn.Flatten(), nn.Linear(6*6*6, 4))
 
 
 def batch(): return torch.stack([x for x, _ in images()])*2 + 0.5
 
 
 CASES = {}
-def case(f): CASES[f.__name__] = f; return f
+def case(f):
+    CASES[f.__name__] = f
+    return f
 
 
 @case
@@ -42,7 +46,9 @@ def pooled(rank):
 
 @case
 def kept_weights(rank):
-    "Without orthonormal weights, those of rank 0 are what the others start from, as `DistributedDataParallel` would have it."
+    """Without orthonormal weights, those of rank 0 are what the others start from.
+
+    So does `DistributedDataParallel` have it."""
     set_seed(rank)
     m = model()
     lsuv_init(m, batch().chunk(2)[rank], preinit=None)
@@ -80,22 +86,26 @@ def channels_last(rank):
 def bad_batch(rank):
     "NaNs on one rank end both."
     x = batch().chunk(2)[rank]
-    if rank: x = x*float('nan')
+    if rank:
+        x = x*float('nan')
     m = model()
     w = weights(m)
-    try: lsuv_init(m, x)
+    try:
+        lsuv_init(m, x)
     except (ValueError, RuntimeError) as e: return str(e), same(w, weights(m))
 
 
 class Seen(Callback):
     "Notes the mini-batches that are drawn: the index in the data set rides in the first pixel."
     order,indices = 200,[]
-    def before_batch(self): Seen.indices.append(self.x[:, 0, 0, 0].long().tolist())
+    def before_batch(self):
+        Seen.indices.append(self.x[:, 0, 0, 0].long().tolist())
 
 
 def numbered():
     items = images()
-    for i, (x, _) in enumerate(items): x[0, 0, 0] = i
+    for i, (x, _) in enumerate(items):
+        x[0, 0, 0] = i
     return items
 
 
@@ -127,7 +137,8 @@ def one_batch_each(rank):
 def one_was_loaded(rank):
     "What one rank must not touch, none does."
     learn = learner(model=cnn(), cbs=LSUVCallback())
-    if rank == 0: learn.model.load_state_dict(cnn().state_dict())
+    if rank == 0:
+        learn.model.load_state_dict(cnn().state_dict())
     w = weights(learn.model)
     learn.fit(1, cbs=Stop())
     return same(w, weights(learn.model)), said(learn)
@@ -143,30 +154,38 @@ def one_fails_to_load(rank):
             return items[i]
     learn = learner(loaders(Data()), model(), cbs=LSUVCallback())
     w = weights(learn.model)
-    try: learn.fit(1)
+    try:
+        learn.fit(1)
     except (OSError, RuntimeError) as e: return str(e), same(w, weights(learn.model))
 
 
 @case
 def distrib_ctx(rank):
-    "fastai's own way, with accelerate. Its `DistributedDL` sends indices by way of the GPU: on the CPU they stay where they are."
+    """fastai's own way, with accelerate.
+
+    Its `DistributedDL` sends indices by way of the GPU. On the CPU they stay where they are."""
     from fastai.distributed import DistributedDL
     DistributedDL._broadcast = lambda self, t, rank: (dist.broadcast(t := torch.LongTensor(t), rank), t.tolist())[1]
     set_seed(rank)
     learn = learner(loaders(numbered()), model(), seed=rank, cbs=[LSUVCallback()])
     seen = []
-    def see(learn): seen.append(weights(learn.model))
+    def see(learn):
+        seen.append(weights(learn.model))
     with learn.distrib_ctx(sync_bn=False, cpu=True):
         learn.fit(1, 1e-2, cbs=[Around(see, 10.6), Seen()])
-    with learn.no_bar(): learn.fit(1, 1e-2, cbs=Around(see, 10.6))
+    with learn.no_bar():
+        learn.fit(1, 1e-2, cbs=Around(see, 10.6))
     return seen, Seen.indices, said(learn)
 
 
 def main(name, rank, folder):
     warnings.simplefilter('ignore')
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')  # as torchrun and `accelerate launch` would
-    dist.init_process_group('gloo', rank=rank, world_size=2, init_method=f'file://{folder}/meet', timeout=timedelta(seconds=40))
+    # As torchrun and `accelerate launch` would.
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE='2',
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT='29511')
+    meet,patience = f'file://{folder}/meet',timedelta(seconds=40)
+    dist.init_process_group('gloo', rank=rank, world_size=2, init_method=meet, timeout=patience)
     names = list(CASES) if name == 'all' else name.split(',')
     for n in names:
         Seen.indices = []
@@ -175,4 +194,5 @@ def main(name, rank, folder):
     dist.destroy_process_group()
 
 
-if __name__ == '__main__': main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+if __name__ == '__main__':
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -23,35 +23,45 @@ class Stats:
         self.hook = m.register_forward_hook(self)
     def __call__(self, m, args, out):
         out = out.detach()
-        if not self.per_channel: self.mean,self.std = out.mean(),out.std()
+        if not self.per_channel:
+            self.mean,self.std = out.mean(),out.std()
         else:
             dim = out.dim() - 1 if not isinstance(m, _ConvNd) else 1
             rest = [d for d in range(out.dim()) if d != dim]
             self.mean,self.std = out.mean(rest),out.std(rest)
-    def remove(self): self.hook.remove()
+    def remove(self):
+        self.hook.remove()
 
 
 def execution_order(model, batch, modules):
     "The modules of these types, in the order in which they first run."
     ran = []
-    hooks = [m.register_forward_hook(lambda m, args, out: ran.append(m)) for m in model.modules() if isinstance(m, modules)]
+    def note(m, args, out): ran.append(m)
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, modules)]
     model(*batch)
-    for h in hooks: h.remove()
+    for h in hooks:
+        h.remove()
     return list(dict.fromkeys(ran))
 
 
 def per_weight(by, m):
-    "One number a channel, in the shape of the weight: output channels come first, but second within each group of a transposed conv."
+    """One number a channel, in the shape of the weight.
+
+    Output channels come first. In a transposed conv they come second, within each group."""
     if by.dim() == 0: return by
     if isinstance(m, _ConvTransposeNd):
         rows = m.weight.shape[0]//m.groups
-        return torch.cat([part.expand(rows, -1) for part in by.view(m.groups, -1).split(1)]).view(*m.weight.shape[:2], *[1]*(m.weight.dim() - 2))
+        by_group = torch.cat([part.expand(rows, -1) for part in by.view(m.groups, -1).split(1)])
+        return by_group.view(*m.weight.shape[:2], *[1]*(m.weight.dim() - 2))
     return by.view(-1, *[1]*(m.weight.dim() - 1))
 
 
 @torch.no_grad()
-def reference_init(model, *batch, order='std mean', modules=(_ConvNd, nn.Linear, nn.Bilinear), mean=0., std=1., tol=1e-3, per_channel=False):
-    "Initialize `model` and return the (mean, std) pairs that its layers then have. `std` may be a function of a module."
+def reference_init(model, *batch, order='std mean', modules=(_ConvNd, nn.Linear, nn.Bilinear), mean=0., std=1.,
+                   tol=1e-3, per_channel=False):
+    """Initialize `model` and return the (mean, std) pairs that its layers then have.
+
+    `std` may be a function of a module."""
     layers = execution_order(model, batch, modules)
     for m in layers:
         h = Stats(m, per_channel)
@@ -64,11 +74,15 @@ def reference_init(model, *batch, order='std mean', modules=(_ConvNd, nn.Linear,
                 off_mean = 'mean' in words and (h.mean - mean).abs() > near
                 off_std = 'std' in words and (h.std - target).abs() > near
                 if not (torch.as_tensor(off_mean).any() or torch.as_tensor(off_std).any()): break
-                if 'std' in words and not (h.std > 0).all(): raise NoEnd(f'{type(m).__name__}: its output does not vary')
+                if 'std' in words and not (h.std > 0).all():
+                    raise NoEnd(f'{type(m).__name__}: its output does not vary')
                 # Both were measured before either is corrected, and one that is within tolerance is left alone.
-                if torch.as_tensor(off_mean).any(): m.bias -= torch.where(off_mean, h.mean - mean, 0.)
-                if torch.as_tensor(off_std).any(): m.weight.data /= per_weight(torch.where(off_std, h.std/target, 1.), m)
-            else: raise NoEnd(f'{type(m).__name__}: the {loop} loop does not end')
+                if torch.as_tensor(off_mean).any():
+                    m.bias -= torch.where(off_mean, h.mean - mean, 0.)
+                if torch.as_tensor(off_std).any():
+                    m.weight.data /= per_weight(torch.where(off_std, h.std/target, 1.), m)
+            else:
+                raise NoEnd(f'{type(m).__name__}: the {loop} loop does not end')
         h.remove()
     pairs = {}
     hooks = [Stats(m, False) for m in layers]

@@ -149,6 +149,34 @@ def test_reach_pools_the_calls_of_a_layer(benchmark):
     assert reach.stds(model, x)['layer'] == pytest.approx(both.std(correction=0).item(), rel=1e-5)
 
 
+def test_harm_names_what_a_bad_batch_does(benchmark, tmp_path, capsys):
+    harm = benchmark('harm')
+    harm.main(only='hand/pruned,hand/tied_embedding', kinds='tiny*,padding,sorted*', device='cpu')
+    found = {(r['network'], r['kind']): r for r in rows(tmp_path/'harm.csv')}
+    assert [kind for network, kind in found if network == 'hand/tied_embedding'] == ['good', 'sorted by class', 'padding']
+    good,tiny = found['hand/pruned', 'good'], found['hand/pruned', 'tiny (1e-4)']
+    assert float(good['ratio']) < 2 and float(good['right']) == 1 and good['said'] == ''
+    assert float(tiny['ratio']) > 1000 and tiny['said'] == '0 by 1e+4' and tiny['violation'] == '0'
+    assert found['hand/pruned', 'padding']['said'] == '0: constant; 2: constant'
+    assert '| **tiny (1e-4)** | 1 | 0 |' in capsys.readouterr().out
+
+
+def test_harm_counts_what_is_not_said(benchmark, monkeypatch, tmp_path):
+    harm = benchmark('harm')
+    monkeypatch.setattr(harm, 'said', lambda report: [])
+    harm.main(only='hand/pruned', kinds='tiny*', device='cpu')
+    assert [r['violation'] for r in rows(tmp_path/'harm.csv')] == ['0', '1']
+    assert '| hand/pruned | tiny (1e-4) |' in (tmp_path/'harm.md').read_text()
+
+
+@pytest.mark.filterwarnings('ignore:LSUV scaled')
+def test_harm_tells_layers_kept_back_in_vain(benchmark):
+    harm = benchmark('harm')
+    subject = harm.Subject(harm.networks()['hand/pruned'], None, 0, torch.device('cpu'))
+    batch = subject.data.bad(harm.KINDS['good'])
+    assert harm.in_vain(subject, batch, ['0'], 0) == ['0'] and harm.in_vain(subject, 1e-4*batch, ['0'], 0) == []
+
+
 @pytest.mark.slow
 def test_features_of_this_package(benchmark, tmp_path, monkeypatch):
     features = benchmark('features')
@@ -161,7 +189,7 @@ def test_features_of_this_package(benchmark, tmp_path, monkeypatch):
     assert len(ours) == len(features.INITIALIZATION) + len(features.RECORDING) - 1 and set(ours.values()) == {'yes'}
 
 
-@pytest.mark.parametrize('name', ['features', 'init_cost', 'reach', 'recorder_cost'])
+@pytest.mark.parametrize('name', ['features', 'harm', 'init_cost', 'reach', 'recorder_cost'])
 def test_every_benchmark_takes_a_device(benchmark, name):
     device = signature(benchmark(name).main).parameters['device']
     assert device.default == 'cpu' or name == 'recorder_cost'

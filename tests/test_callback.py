@@ -1,35 +1,40 @@
-"`LSUVCallback` and `Learner.lsuv_init`: what they take, gather, log and show."
+"`LSUVCallback` and `Learner.lsuv_init`: options, Learners, the callbacks beside it, the log and the progress bar."
+import math
 from copy import deepcopy
 
+import matplotlib
 import pytest
 import torch
-from fastai.basics import DataLoaders, Learner, set_seed
+from fastai.basics import Callback, CancelFitException, Learner, Recorder, TrainEvalCallback, set_seed
+from fastai.callback.all import (ActivationStats, ChannelsLast, CSVLogger, GradientAccumulation, GradientClip,
+                                 MixedPrecision, SaveModelCallback, ShowGraphCallback, TerminateOnNaNCallback)
+from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.rnn import ModelResetter
+from fastai.callback.schedule import LRFinder
+from fastai.callback.tensorboard import TensorBoardCallback
+from fastai.distributed import DistributedTrainer
 from learners import *
 from torch import nn
 
 import fastai_lsuv.callback
-from fastai_lsuv import LSUVCallback, lsuv_init
-from fastai_lsuv.batches import model_inputs, no_trace
-
-
-def batches(learn, n=3, min_samples=1):
-    "The first mini-batches that LSUV would see, and what it says about them."
-    lines = []
-    with no_trace(learn): return [next(b) for b in [model_inputs(learn, min_samples, lines.append)] for _ in range(n)], lines
+from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_init
 
 
 # --- options
 
 def test_options_reach_lsuv():
-    learn = learner(cbs=LSUVCallback(order='mean std', target_std=2., preinit=None, baseline=True, modules=nn.Linear, per_channel=True))
+    options = dict(order='mean std', target_std=2., preinit=None, baseline=True, modules=nn.Linear, per_channel=True)
+    learn = learner(cbs=LSUVCallback(**options))
     report = learn.lsuv_init()
-    assert [r.kind for r in report] == ['Linear'] and report[0].std == pytest.approx(2, abs=0.2) and report[0].std_before is not None and report.order == 'mean std'
+    assert [r.kind for r in report] == ['Linear'] and report.order == 'mean std'
+    assert report[0].std == pytest.approx(2, abs=0.2) and report[0].std_before is not None
 
 
 def test_lsuv_init_takes_options_in_place_of_the_callbacks():
     learn = learner(cbs=LSUVCallback(target_std=2., min_samples=32))
-    assert learn.lsuv_init(order='mean std').order == 'mean std' and learn.lsuv.report[0].std == pytest.approx(2, abs=0.2)
+    assert learn.lsuv_init(order='mean std').order == 'mean std'
+    assert learn.lsuv.report[0].std == pytest.approx(2, abs=0.2)
     assert learn.lsuv.report[0].shape[0] == 32 and learn.lsuv_init(min_samples=5)[0].shape[0] == 16
     assert learn.lsuv.options['order'] == 'std mean'
 
@@ -48,12 +53,20 @@ def test_lsuv_init_inside_a_fit():
     assert learn.lsuv.report[0].std == pytest.approx(3, abs=0.3) and len(said(learn)) == 2
 
 
-@pytest.mark.parametrize('options,message', [(dict(min_samples=0), 'min_samples'), (dict(min_samples=True), 'min_samples'), (dict(order='std men'), 'men'), (dict(tol=-1), 'tol'),
-                                             (dict(max_iter=0), 'max_iter'), (dict(preinit='kaiming'), 'preinit')])
+@pytest.mark.parametrize('options, message', [
+    (dict(min_samples=0), 'min_samples'),
+    (dict(min_samples=True), 'min_samples'),
+    (dict(order='std men'), 'men'),
+    (dict(tol=-1), 'tol'),
+    (dict(max_iter=0), 'max_iter'),
+    (dict(preinit='kaiming'), 'preinit'),
+])
 def test_options_are_checked_when_given(options, message):
-    with pytest.raises(ValueError, match=message): LSUVCallback(**options)
+    with pytest.raises(ValueError, match=message):
+        LSUVCallback(**options)
     learn = learner(cbs=LSUVCallback())
-    with pytest.raises(ValueError, match=message): learn.lsuv_init(**options)
+    with pytest.raises(ValueError, match=message):
+        learn.lsuv_init(**options)
 
 
 def test_the_same_weights_as_lsuv_init():
@@ -65,91 +78,32 @@ def test_the_same_weights_as_lsuv_init():
     assert same(weights(model), weights(learn.model))
 
 
-# --- mini-batches
-
-def test_small_batches_are_gathered():
-    learn = learner(loaders(bs=5))
-    seen,lines = batches(learn, 2, 16)
-    assert [len(x) for x, in seen] == [20, 20] and lines == []
-    assert not torch.equal(seen[0][0], seen[1][0])
-
-
-def test_a_small_training_set_is_used_again():
-    learn = learner(loaders(images(6), bs=4))
-    assert [len(x) for x, in batches(learn, 2, 16)[0]] == [16, 18]
-    learn.add_cb(LSUVCallback())
-    learn.fit(1)
-    assert learn.lsuv.report.ok
-
-
-def test_several_inputs_are_gathered():
-    learn = two_inputs()
-    (x,v), = batches(learn, 1, 30)[0]
-    assert x.shape == (32, 3, 12, 12) and v.shape == (32, 5)
-
-
-def test_nested_inputs_are_gathered():
-    items = [({'a': torch.randn(3), 'b': [torch.randn(2), torch.randn(1)]}, torch.randn(1)) for _ in range(20)]
-    (x,), = batches(learner(loaders(items, bs=4)), 1, 16)[0]
-    assert x['a'].shape == (16, 3) and x['b'][1].shape == (16, 1)
-
-
-def test_ragged_batches_are_not_gathered_and_this_is_said():
-    learn = classifier(LSUVCallback(), clas_bs=3)
-    learn.fit(1)
-    lines = said(learn)
-    assert lines[0] == 'LSUV: mini-batches of 3 are of different shapes and cannot be gathered to min_samples=16; each is used as it is'
-    assert len(lines) == 2 and learn.lsuv.report[0].shape[0] == 3
-
-
-def test_what_cannot_be_counted_is_used_as_it_is():
-    class Graph: pass
-    learn = learner(DataLoaders([(Graph(), torch.ones(1))]*3, [(Graph(), torch.ones(1))]))
-    assert len(batches(learn, 2, 16)[0][0]) == 1
-
-
-def test_no_batch():
-    learn = learner(loaders(images(3), bs=16, drop_last=True), cbs=LSUVCallback())
-    w = weights(learn.model)
-    with pytest.raises(ValueError, match='yields no mini-batch'): learn.lsuv_init()
-    assert same(weights(learn.model), w) and learn.lsuv.report is None
-
-
-def test_a_stream_that_does_not_begin_again():
-    items = images(24)
-    class Stream:
-        def __init__(self): self.it = iter([(torch.stack([x for x, _ in items[i:i+8]]), torch.stack([y for _, y in items[i:i+8]])) for i in (0, 8, 16)])
-        def __iter__(self): return self.it
-    learn = learner(DataLoaders(Stream(), Stream()))
-    with no_trace(learn): assert [len(x) for x, in model_inputs(learn, 16, print)] == [16]
-
-
-def test_nans_in_a_batch_stop_the_fit_and_change_nothing():
-    learn = learner(loaders([(x*float('nan'), y) for x, y in images(16)]), cbs=LSUVCallback())
-    w = weights(learn.model)
-    with pytest.raises(ValueError, match='NaN'): learn.fit(1)
-    assert same(weights(learn.model), w)
-
-
-def test_a_loader_with_workers_starts_none():
-    learn = learner(torch_loaders(num_workers=2, prefetch_factor=3, timeout=60))
-    class No:
-        def __init__(self, *args): raise AssertionError('a worker was started')
-    import torch.utils.data.dataloader as module
-    was,module._MultiProcessingDataLoaderIter = module._MultiProcessingDataLoaderIter,No
-    try: assert len(batches(learn, 5)[0]) == 5
-    finally: module._MultiProcessingDataLoaderIter = was
-    assert learn.dls.train.num_workers == 2 and learn.dls.train.timeout == 60
-
-
 # --- Learners of all sorts
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_learner(kind):
+    learn = KINDS[kind](LSUVCallback())
+    learn.fit(1, 1e-3)
+    assert learn.lsuv.report and math.isfinite(learn.recorder.losses[-1])
+    assert all(abs(s - 1) < 0.2 for _, s in learn.lsuv.report.pairs)  # a head of two outputs has few numbers to go by
+
+
+def test_recurrent_state_is_reset_for_training():
+    "`ModelResetter` begins training from no state, LSUV or not."
+    seen = []
+    def see(learn): seen.append([h[0].abs().sum().item() for h in learn.model[0].hidden])
+    learn = language([LSUVCallback(), Around(see, 10.6)])
+    learn.fit(1)
+    assert seen == [[0., 0.]] and any(isinstance(cb, ModelResetter) for cb in learn.cbs)
+
 
 def test_without_recorder_and_default_callbacks():
     set_seed(0)
     learn = Learner(loaders(), cnn(), loss_func=CrossEntropyLossFlat(), cbs=LSUVCallback(), default_cbs=False)
     learn.lines = []
     learn.logger = learn.lines.append
-    learn.fit(1); learn.fit(1)
+    learn.fit(1)
+    learn.fit(1)
     assert learn.lsuv.report.ok and len(said(learn)) == 2
 
 
@@ -160,7 +114,15 @@ def test_a_model_put_in_place_of_another():
     assert [r.name for r in learn.lsuv.report] == ['1']
 
 
-@pytest.mark.parametrize('compile', [lambda m: torch.compile(m, backend='eager'), lambda m: (m.compile(backend='eager'), m)[1]], ids=['torch.compile', 'in place'])
+def compiled_in_place(model):
+    model.compile(backend='eager')
+    return model
+
+
+@pytest.mark.parametrize('compile', [
+    pytest.param(lambda model: torch.compile(model, backend='eager'), id='torch.compile'),
+    pytest.param(compiled_in_place, id='in place'),
+])
 def test_a_compiled_model(compile):
     learn = learner(cbs=LSUVCallback())
     learn.model = compile(learn.model)
@@ -171,7 +133,7 @@ def test_a_compiled_model(compile):
 
 
 def test_a_model_on_another_device_than_the_data():
-    "It is run where it is. (`meta` holds no numbers, so it is only the move that is tested.)"
+    "It is run where it is. `meta` holds no numbers, so this tests only the move."
     learn = learner(cbs=LSUVCallback())
     learn.dls.device = torch.device('meta')
     learn.dls.train.device = None
@@ -179,15 +141,109 @@ def test_a_model_on_another_device_than_the_data():
 
 
 def test_lazy_layers():
-    learn = learner(model=nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)), cbs=LSUVCallback(), opt_func=lambda *args, **kwargs: None)
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    learn = learner(model=model, cbs=LSUVCallback(), opt_func=lambda *args, **kwargs: None)
     assert learn.lsuv_init().ok
 
 
 def test_removed_and_added_again():
     learn = learner(cbs=LSUVCallback())
-    with learn.removed_cbs(learn.lsuv): learn.model.load_state_dict(cnn().state_dict())
+    with learn.removed_cbs(learn.lsuv):
+        learn.model.load_state_dict(cnn().state_dict())
     learn.fit(1)
     assert 'its weights were loaded' in said(learn)[0]
+
+
+# --- beside other callbacks
+
+class EMA(Callback):
+    "It averages the weights in a copy of the model that it makes in `before_fit`, as fastxtend's does."
+    order = 11
+    def before_fit(self):
+        self.copy = deepcopy(self.model)
+    def after_batch(self):
+        if self.training:
+            for p, q in zip(self.model.parameters(), self.copy.parameters()):
+                q.data.lerp_(p.data, 0.1)
+
+
+def test_an_average_starts_from_the_lsuv_weights():
+    learn,seen = learner(cbs=[EMA(), LSUVCallback()]),[]
+    learn.fit(1, cbs=Around(lambda l: seen.append((weights(l.model), weights(l.ema.copy))), 12))
+    assert same(*seen[0]) and learn.lsuv.report
+
+
+@pytest.mark.parametrize('cb', [
+    pytest.param(MixedPrecision, id='fp16'),
+    pytest.param(lambda: MixedPrecision(amp_mode='bf16'), id='bf16'),
+    pytest.param(ChannelsLast, id='channels last'),
+    pytest.param(lambda: GradientAccumulation(32), id='accumulation'),
+    pytest.param(GradientClip, id='clip'),
+    pytest.param(MixUp, id='mixup'),
+    pytest.param(CutMix, id='cutmix'),
+    pytest.param(TerminateOnNaNCallback, id='nan'),
+    pytest.param(ActivationStats, id='stats'),
+    pytest.param(lambda: ActivationStats(with_hist=True, every=2), id='histograms'),
+    pytest.param(ActivationStatsRecorder, id='recorder'),
+    pytest.param(CSVLogger, id='csv'),
+    pytest.param(EMA, id='ema'),
+])
+def test_beside(cb, tmp_path):
+    "It runs, leaves no trace, and training goes on."
+    def make(cbs):
+        learn = learner(cbs=[*cbs, cb()])
+        learn.path = tmp_path
+        return learn
+    assert disturbed(make) == []
+    learn = make([LSUVCallback()])
+    learn.fit(2, 1e-3)
+    assert learn.lsuv.report.ok and math.isfinite(learn.recorder.losses[-1])
+    assert len(said(learn)) == 1
+
+
+def test_beside_what_needs_progress_and_files(tmp_path):
+    "`SaveModelCallback` stores the trained network; `TensorBoardCallback` traces the model; `ShowGraphCallback` draws."
+    matplotlib.use('Agg')
+    learn = learner(cbs=LSUVCallback())
+    learn.path = tmp_path
+    board = TensorBoardCallback(tmp_path/'runs', trace_model=True, log_preds=False)
+    learn.fit(1, 1e-3, cbs=[SaveModelCallback(), board, ProgressCallback(), ShowGraphCallback(), CSVLogger()])
+    assert learn.lsuv.report.ok and (tmp_path/'models'/'model.pth').exists() and list((tmp_path/'runs').iterdir())
+    assert (tmp_path/'history.csv').read_text().startswith('epoch,')
+
+
+@pytest.mark.parametrize('hooked', [ActivationStats, ActivationStatsRecorder])
+def test_hooks_that_change_nothing_cost_no_second_run(hooked):
+    "A layer that is watched is still solved in closed form, and runs once a pass."
+    calls = []
+    learn = learner(cbs=[hooked(), LSUVCallback()])
+    learn.model[3].register_forward_pre_hook(lambda *_: calls.append(1))
+    learn.fit(1, cbs=Stop())
+    assert learn.lsuv.report.ok and len(calls) == learn.lsuv.report.n_passes
+
+
+def test_statistics_of_others_begin_with_training():
+    with_it,without = learner(cbs=[ActivationStats(), LSUVCallback()]),learner(cbs=ActivationStats())
+    for learn in with_it,without:
+        learn.fit(1)
+    assert len(with_it.activation_stats.stats) == len(without.activation_stats.stats)
+
+
+def test_a_cancelled_pass_cancels_the_fit():
+    "A hook of the user's that ends the fit ends it, and the weights are as they were."
+    learn = learner(cbs=LSUVCallback())
+    def stop(*_):
+        raise CancelFitException
+    learn.model[-1].register_forward_hook(stop)
+    w = weights(learn.model)
+    learn.fit(1)
+    assert same(weights(learn.model), w) and not hasattr(learn.recorder, 'losses')
+
+
+def test_its_order():
+    cb = LSUVCallback
+    assert max(TrainEvalCallback.order, ChannelsLast.order, Callback.order, MixedPrecision.order) < cb.order
+    assert cb.order < min(DistributedTrainer.order, EMA.order, LRFinder.order, Recorder.order, ProgressCallback.order)
 
 
 # --- the log and the progress bar
@@ -195,13 +251,19 @@ def test_removed_and_added_again():
 class Bar:
     "Stands in for fastprogress's."
     made = []
-    def __init__(self, gen, leave): self.total,self.leave,self.seen,self.last_v = len(gen),leave,[],None; Bar.made.append(self)
+    def __init__(self, gen, leave):
+        self.total,self.leave,self.seen,self.last_v = len(gen),leave,[],None
+        Bar.made.append(self)
     def update(self, v):
-        if not self.seen: assert v == 0, "fastprogress needs a start"
+        if not self.seen:
+            assert v == 0, "fastprogress needs a start"
         self.last_v = None if v >= self.total else v
         self.seen.append(v)
-        if self.last_v is None: self.on_iter_end()
-    def on_iter_end(self): self.seen.append('end'); self.last_v = None
+        if self.last_v is None:
+            self.on_iter_end()
+    def on_iter_end(self):
+        self.seen.append('end')
+        self.last_v = None
 
 
 @pytest.fixture
@@ -222,7 +284,8 @@ def test_a_bar_for_each_long_pass(bars):
     learn = with_progress(cbs=LSUVCallback())
     learn.lsuv_init()
     # the forward that takes the loss of the result measures nothing, and has no bar
-    assert [b.seen for b in bars] == [[0, 1, 2, 3, 'end']]*(learn.lsuv.report.n_passes - 1) and not any(b.leave for b in bars)
+    assert [b.seen for b in bars] == [[0, 1, 2, 3, 'end']]*(learn.lsuv.report.n_passes - 1)
+    assert not any(b.leave for b in bars)
 
 
 def test_no_bar_for_a_short_pass(bars, monkeypatch):
@@ -234,17 +297,20 @@ def test_no_bar_for_a_short_pass(bars, monkeypatch):
 @pytest.mark.parametrize('without', ['no_logging', 'no_mbar', 'no_bar'])
 def test_no_bar_where_none_is_wanted(bars, without):
     learn = with_progress(cbs=LSUVCallback())
-    with getattr(learn, without)(): learn.lsuv_init()
+    with getattr(learn, without)():
+        learn.lsuv_init()
     assert bars == [] and bool(said(learn)) == (without != 'no_logging')
 
 
 def test_no_bar_is_left_behind(bars):
-    "By a pass that fails, nor by one that does not call every layer."
+    "A pass that fails leaves none, nor does one that does not call every layer."
     learn = with_progress(cbs=LSUVCallback())
     hook = learn.model[4].register_forward_hook(lambda *_: 1/0)
-    with pytest.raises(ZeroDivisionError): learn.lsuv_init()
+    with pytest.raises(ZeroDivisionError):
+        learn.lsuv_init()
     assert [b.seen for b in bars] == [[0, 1, 2, 'end']]
-    hook.remove(); bars.clear()
+    hook.remove()
+    bars.clear()
     learn.model.unused = nn.Linear(2, 2)
     learn.model.forward = lambda x: nn.Sequential(*list(learn.model)[:-1])(x)
     learn.lsuv_init()
@@ -253,7 +319,8 @@ def test_no_bar_is_left_behind(bars):
 
 def test_fastprogress_itself(monkeypatch, capsys):
     monkeypatch.setattr(fastai_lsuv.callback, '_LONG', -1.)
-    assert with_progress(model=nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(20)], nn.Flatten(), nn.Linear(432, 4)), cbs=LSUVCallback()).lsuv_init().ok
+    model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(20)], nn.Flatten(), nn.Linear(432, 4))
+    assert with_progress(model=model, cbs=LSUVCallback()).lsuv_init().ok
 
 
 def test_what_was_left_alone_is_said():

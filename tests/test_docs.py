@@ -1,4 +1,7 @@
-"The documentation: nothing public without it, README's code runs, notebooks are clean and executed, links lead somewhere, types are right."
+"""The documentation.
+
+Nothing public is without it, README's code runs, notebooks are clean and executed, links lead somewhere, and types are
+right."""
 import importlib.util
 import inspect
 import re
@@ -14,12 +17,16 @@ from fastcore.docments import docments
 import fastai_lsuv
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
+def hidden(path): return any(part[0] in '._' for part in path.relative_to(ROOT).parts)
+
+
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not hidden(p))
 
 
 def script(name):
     "A module of `scripts/`, which is no package."
-    pytest.importorskip('nbdev'), pytest.importorskip('latex2mathml')
+    pytest.importorskip('nbdev')
+    pytest.importorskip('latex2mathml')
     spec = importlib.util.spec_from_file_location(name, ROOT/'scripts'/f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,32 +43,40 @@ def undocumented(f):
     "What of a function, class or property has no words: itself, parameters, what it returns."
     is_property = isinstance(f, property)
     f = f.fget if is_property else f
-    if f.__doc__ is None or len(f.__doc__) < 20: yield 'docstring'
+    if f.__doc__ is None or len(f.__doc__) < 20:
+        yield 'docstring'
     variadic = {p.name for p in inspect.signature(f).parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for name, d in docments(f, full=True).items():
         if name == 'self' or name in variadic or is_property: continue
         if name == 'return' and d.anno in (None, 'None', type(None), inspect.Signature.empty): continue
-        if not d.docment: yield name
+        if not d.docment:
+            yield name
 
 
 def test_every_public_name_and_parameter_has_words(docs):
     names = docs.public_names()
-    assert {*fastai_lsuv.__all__, 'LSUVCallback.reset', 'Learner.lsuv_init', 'LSUVReport.plot', 'LSUVReport.ok', 'ActivationStatsRecorder.diagnose', 'Row'} <= set(names)
+    methods = {'LSUVCallback.reset', 'Learner.lsuv_init', 'LSUVReport.plot', 'LSUVReport.ok',
+               'ActivationStatsRecorder.diagnose', 'Row'}
+    assert {*fastai_lsuv.__all__, *methods} <= set(names)
     assert len(names) > 25
     assert {n: missing for n, f in names.items() if (missing := list(undocumented(f)))} == {}
 
 
 def test_what_has_no_words_is_found():
     def f(a, # a number
-          b: int = 1) -> int: "Adds up two numbers, and one."
+          b: int = 1) -> int:
+        "Adds up two numbers, and one."
     assert list(undocumented(f)) == ['b', 'return']
-    def g(a: int): ...
+    def g(a: int):
+        ...
     assert list(undocumented(g)) == ['docstring', 'a']
 
 
 def test_docstrings_name_their_sources():
-    assert 'Mishkin & Matas' in fastai_lsuv.lsuv_init.__doc__ and 'ICLR 2016' in fastai_lsuv.lsuv_init.__doc__ and 'Raises' in fastai_lsuv.lsuv_init.__doc__
-    for status in fastai_lsuv.report.STATUSES: assert f'"{status}"' in fastai_lsuv.LSUVReport.__doc__
+    for words in ('Mishkin & Matas', 'ICLR 2016', 'Raises'):
+        assert words in fastai_lsuv.lsuv_init.__doc__
+    for status in fastai_lsuv.report.STATUSES:
+        assert f'"{status}"' in fastai_lsuv.LSUVReport.__doc__
 
 
 # --- README and its kind
@@ -75,21 +90,24 @@ def test_readme_code_runs(tmp_path, monkeypatch, axes):
     from fastai_lsuv.experiments.networks import lesson11
     monkeypatch.chdir(tmp_path)
     set_seed(1, reproducible=True)
-    class Digits(list): loss_func = CrossEntropyLossFlat()  # as the datasets of fastai's data blocks bring one
+    class Digits(list):
+        loss_func = CrossEntropyLossFlat()  # as the datasets of fastai's data blocks bring one
     made = digits_dls()
     dls = DataLoaders.from_dsets(Digits(made.train_ds), Digits(made.valid_ds), bs=64, val_bs=256, device='cpu')
     space = dict(dls=dls, batch=dls.one_batch()[0])
     code = blocks('python')
     assert len(code) >= 2
-    for block in code: exec(compile(block, 'README.md', 'exec'), space := {**space, 'model': lesson11()})
+    for block in code:
+        exec(compile(block, 'README.md', 'exec'), space := {**space, 'model': lesson11()})
     assert space['learn'].lsuv.report.ok
     assert space['learn'].recorder.values[-1][-1] > 0.9, "the README's run does not train"
 
 
 def test_readme_commands():
-    "The two commands are the ones that CI runs: each between its markers, one line."
+    "The two commands are the ones that CI runs. Each is one line between its markers."
     text = (ROOT/'README.md').read_text()
-    for name in 'demo', 'tests': assert re.search(rf'<!-- {name} -->\n```bash\n[^\n]+\n```\n<!-- end -->', text)
+    for name in 'demo', 'tests':
+        assert re.search(rf'<!-- {name} -->\n```bash\n[^\n]+\n```\n<!-- end -->', text)
     assert sum('pip install' in b for b in blocks('bash')) == 2
 
 
@@ -107,12 +125,14 @@ def test_tables_of_the_documentation_are_the_benchmarks():
 def test_figures_of_the_readme_are_the_benchmarks():
     "The README quotes the reach, and the passes of the other packages for a ResNet-50."
     text = ' '.join((ROOT/'README.md').read_text().split())
+
     def rows(name, after=''):
         "The cells of the first table below a title."
         text = (ROOT/'benchmarks'/'results'/f'{name}.md').read_text()
         text = text[text.index(after):]
         table = text[text.index('|'):].split('\n\n')[0]
         return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
+
     head,_,*begun = rows('init_cost', '**Forward passes begun**')
     lsuv,anyinit = (head.index(next(c for c in head if c.startswith(n))) for n in ('lsuv 0', 'anyinit'))
     resnet = next(r for r in begun if r[0] == 'ResNet-50')
@@ -129,7 +149,8 @@ def test_readme_is_short():
     assert len(lines) <= 120 and max(map(len, lines)) <= 120
 
 
-def test_links_of_the_repository(docs): assert docs.broken_in_repository(ROOT) == []
+def test_links_of_the_repository(docs):
+    assert docs.broken_in_repository(ROOT) == []
 
 
 def test_version_is_told_once():
@@ -147,30 +168,40 @@ def test_workflows_parse():
 # --- notebooks
 
 def test_all_pages_are_there():
-    assert {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'compared', 'init', 'callback', 'report'} <= {p.stem for p in NOTEBOOKS}
+    names = {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'compared'}
+    names |= {'init', 'callback', 'report'}
+    assert names <= {p.stem for p in NOTEBOOKS}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_clean_and_executed(path):
     nbio,clean = pytest.importorskip('fastcore.nbio'),pytest.importorskip('nbdev.clean')
     nb = nbio.read_nb(path)
-    assert nb.cells[0].cell_type == 'markdown' and re.match(r'# \S.*\n\n> \S', nb.cells[0].source), "starts with a title and a summary"
+    first = nb.cells[0]
+    starts = re.match(r'# \S.*\n\n> \S', first.source)
+    assert first.cell_type == 'markdown' and starts, "starts with a title and a summary"
     cleaned = deepcopy(nb)
     clean.clean_nb(cleaned)
     assert nbio.nb2str(cleaned) == nbio.nb2str(nb), f"not clean: run `nbdev-clean --fname {path}`"
     outputs = [o for c in nb.cells for o in c.get('outputs', [])]
     assert outputs, "was not executed"
     assert not [o for o in outputs if o.output_type == 'error' or o.get('name') == 'stderr']
-    said = [''.join(o.get('text', '')) + ''.join(''.join(o.get('data', {}).get(k, '')) for k in ('text/plain', 'text/html', 'text/markdown')) for o in outputs]
-    assert not [t for t in said if re.search(r'(^|[\s"\'(])/(home|tmp|opt|work|root|usr|var)/', t)], "an output holds a path of the machine it ran on"
+    kinds = ('text/plain', 'text/html', 'text/markdown')
+    def text(o): return ''.join([*o.get('text', ''), *(t for k in kinds for t in o.get('data', {}).get(k, ''))])
+    said = [text(o) for o in outputs]
+    path = r'(^|[\s"\'(])/(home|tmp|opt|work|root|usr|var)/'
+    assert not [t for t in said if re.search(path, t)], "an output holds a path of the machine it ran on"
     for c in nb.cells:  # a cell that shows something has it shown
-        if c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M) and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M): assert c.outputs, c.source
+        shown = c.cell_type == 'code' and not re.search(r'^#\|\s*(hide|eval: *false)', c.source, re.M)
+        if shown and re.search(r'^show_doc\(|^fig,|\.plot\w*\(.*\);$', c.source, re.M):
+            assert c.outputs, c.source
 
 
 def test_api_pages_are_of_today(docs):
     "What the pages show of docstrings and comments is what the code says."
     nbio = pytest.importorskip('fastcore.nbio')
-    outputs = [o for p in (ROOT/'nbs'/'api').glob('*.ipynb') for c in nbio.read_nb(p).cells for o in c.get('outputs', [])]
+    cells = [c for p in (ROOT/'nbs'/'api').glob('*.ipynb') for c in nbio.read_nb(p).cells]
+    outputs = [o for c in cells for o in c.get('outputs', [])]
     shown = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs)
     for name, f in docs.public_names().items():
         f = f.fget if isinstance(f, property) else f
@@ -184,5 +215,6 @@ def test_api_pages_are_of_today(docs):
 def test_types_as_a_consumer_sees_them():
     pytest.importorskip('mypy')
     here = Path('tests')/'typing'
-    run = subprocess.run([sys.executable, '-m', 'mypy', '--config-file', str(here/'mypy.ini'), str(here/'consumer.py')], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'mypy', '--config-file', str(here/'mypy.ini'), str(here/'consumer.py')]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -118,7 +118,7 @@ def idx(a):
     return bytes((0, 0, 8, a.ndim)) + b''.join(n.to_bytes(4, 'big') for n in a.shape) + a.tobytes()
 
 def mnist(folder, prefix='t10k', n=20, gz=False, dot='-'):
-    "MNIST's two files: image k holds k everywhere but in its corner, its label is k % 10."
+    "MNIST's two files. Image k holds k everywhere but in its corner, and its label is k % 10."
     x = np.arange(n, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2)
     x[:, 0, 0] = 255
     for what, a in ((f'images{dot}idx3', x), (f'labels{dot}idx1', np.arange(n) % 10)):

@@ -1,4 +1,4 @@
-"The order mini-language, and the loops on made-up meters."
+"The words of an order, and the loops on made-up meters."
 import numpy as np
 import pytest
 import torch
@@ -12,21 +12,38 @@ one = lambda v: np.array([v])
 
 
 @pytest.mark.parametrize('order, loops', [
-    ('std mean', (('std',), ('mean',))), ('mean std', (('mean',), ('std',))), ('mean+std', (('mean', 'std'),)), ('std+mean', (('std', 'mean'),)),
-    ('mean std mean std', (('mean',), ('std',))*2), ('std', (('std',),)), ('  mean\n mean+std ', (('mean',), ('mean', 'std')))])
-def test_reading_an_order(order, loops): assert parse_order(order) == loops
+    ('std mean', (('std',), ('mean',))),
+    ('mean std', (('mean',), ('std',))),
+    ('mean+std', (('mean', 'std'),)),
+    ('std+mean', (('std', 'mean'),)),
+    ('mean std mean std', (('mean',), ('std',))*2),
+    ('std', (('std',),)),
+    ('  mean\n mean+std ', (('mean',), ('mean', 'std'))),
+])
+def test_reading_an_order(order, loops):
+    assert parse_order(order) == loops
 
 
 def test_the_orders_of_the_documents_are_all_read():
-    assert list(ORDERS) == ['std mean', 'mean std', 'mean+std', 'mean std mean std', 'std'] and all(map(parse_order, ORDERS))
+    assert list(ORDERS) == ['std mean', 'mean std', 'mean+std', 'mean std mean std', 'std']
+    assert all(map(parse_order, ORDERS))
 
 
 @pytest.mark.parametrize('order, error, says', [
-    ('var', ValueError, "unknown word 'var'"), ('std, mean', ValueError, "unknown word 'std,'"), ('Std', ValueError, "unknown word 'Std'"), ('mean+', ValueError, "unknown word ''"),
-    ('', ValueError, 'holds no loop'), ('  ', ValueError, 'holds no loop'), ('mean+mean', ValueError, 'names a word twice'),
-    (None, TypeError, 'NoneType'), (['std'], TypeError, 'list'), (1, TypeError, 'int')])
+    ('var', ValueError, "unknown word 'var'"),
+    ('std, mean', ValueError, "unknown word 'std,'"),
+    ('Std', ValueError, "unknown word 'Std'"),
+    ('mean+', ValueError, "unknown word ''"),
+    ('', ValueError, 'holds no loop'),
+    ('  ', ValueError, 'holds no loop'),
+    ('mean+mean', ValueError, 'names a word twice'),
+    (None, TypeError, 'NoneType'),
+    (['std'], TypeError, 'list'),
+    (1, TypeError, 'int'),
+])
 def test_what_is_no_order(order, error, says):
-    with pytest.raises(error) as e: parse_order(order)
+    with pytest.raises(error) as e:
+        parse_order(order)
     assert str(e.value).startswith('order: ') and says in str(e.value) and "'mean' and 'std'" in str(e.value)
 
 
@@ -35,17 +52,29 @@ class Made:
     can_shift,affine = True,False
     def __init__(self, mean, std, shift=lambda m, s, by: (m + by, s), scale=lambda m, s, by: (m*by, s*by)):
         self.mean,self.std,self._shift,self._scale,self.did = one(mean),one(std),shift,scale,[]
-    def stats(self): self.did.append('stats'); return self.mean, self.std
-    def shift(self, by): self.did.append('shift'); self.mean,self.std = self._shift(self.mean, self.std, by)
-    def scale(self, by): self.did.append('scale'); self.mean,self.std = self._scale(self.mean, self.std, by)
+    def stats(self):
+        self.did.append('stats')
+        return self.mean, self.std
+    def shift(self, by):
+        self.did.append('shift')
+        self.mean,self.std = self._shift(self.mean, self.std, by)
+    def scale(self, by):
+        self.did.append('scale')
+        self.mean,self.std = self._scale(self.mean, self.std, by)
     def moves(self): return [d for d in self.did if d != 'stats']
 
 
-def run(meter, order, mean=0., std=1., tol=1e-3, steps=100): return run_loops(parse_order(order), meter, mean, std, tol, steps)
+def run(meter, order, mean=0., std=1., tol=1e-3, steps=100):
+    return run_loops(parse_order(order), meter, mean, std, tol, steps)
 
 
 @pytest.mark.parametrize('order, moves, mean, std', [
-    ('std mean', ['scale', 'shift'], 0., 1.), ('mean std', ['shift', 'scale'], 0., 1.), ('mean+std', ['shift', 'scale'], 0., 1.), ('std', ['scale'], 1.5, 1.), ('mean', ['shift'], 0., 2.)])
+    ('std mean', ['scale', 'shift'], 0., 1.),
+    ('mean std', ['shift', 'scale'], 0., 1.),
+    ('mean+std', ['shift', 'scale'], 0., 1.),
+    ('std', ['scale'], 1.5, 1.),
+    ('mean', ['shift'], 0., 2.),
+])
 def test_moves_of_an_order(order, moves, mean, std):
     m = Made(3., 2.)
     # Shifting after scaling means shifting the scaled mean; the joint loop shifts by what it measured before it scaled.
@@ -71,39 +100,75 @@ def test_both_statistics_of_a_joint_loop_are_taken_before_either_is_corrected():
 
 def test_targets():
     m = Made(3., 2.)
-    assert run(m, 'std mean', mean=-1., std=0.2) == '' and m.mean.item() == pytest.approx(-1) and m.std.item() == pytest.approx(0.2)
+    assert run(m, 'std mean', mean=-1., std=0.2) == ''
+    assert m.mean.item() == pytest.approx(-1) and m.std.item() == pytest.approx(0.2)
 
 
 def test_a_unit_without_bias_is_scaled_only():
-    m = Made(3., 2.); m.can_shift = False
+    m = Made(3., 2.)
+    m.can_shift = False
     assert run(m, 'mean std mean+std') == '' and m.moves() == ['scale']
 
 
-def test_the_ends_of_a_loop():
-    assert run(Made(0., 2., scale=lambda m, s, by: (m, s)), 'std') == 'unresponsive'
-    assert run(Made(0., 2., scale=lambda m, s, by: (m, s*by**0.05)), 'std') == 'unresponsive'
-    assert run(Made(0., 2., scale=lambda m, s, by: (m, s*by**0.5)), 'std') == ''  # slow is not deaf
-    assert run(Made(0., 0.5, scale=lambda m, s, by: (m, s*by**0.05)), 'std', steps=200) == ''  # nor is what has to grow, as long as it stirs
-    assert run(Made(0., 0.5, scale=lambda m, s, by: (m, s*by**1e-4)), 'std') == 'unresponsive'
-    assert run(Made(3., 1., shift=lambda m, s, by: (m, s)), 'mean') == 'immovable'
-    assert run(Made(3., 1., shift=lambda m, s, by: (m*0.2, s*0.2)), 'mean') == 'immovable'  # the mean goes only as the activations die
+@pytest.mark.parametrize('response, says', [
+    (0., 'unresponsive'),
+    (0.05, 'unresponsive'),
+    (0.5, ''),  # slow is not deaf
+])
+def test_a_std_that_hardly_follows_as_it_shrinks(response, says):
+    assert run(Made(0., 2., scale=lambda m, s, by: (m, s*by**response)), 'std') == says
+
+
+@pytest.mark.parametrize('response, says', [
+    (1e-4, 'unresponsive'),
+    (0.05, ''),  # what has to grow is not given up as long as it stirs
+])
+def test_a_std_that_hardly_follows_as_it_grows(response, says):
+    assert run(Made(0., 0.5, scale=lambda m, s, by: (m, s*by**response)), 'std', steps=200) == says
+
+
+@pytest.mark.parametrize('shift', [
+    lambda m, s, by: (m, s),
+    lambda m, s, by: (m*0.2, s*0.2),  # the mean goes only as the activations die
+])
+def test_a_mean_that_does_not_follow_is_immovable(shift):
+    assert run(Made(3., 1., shift=shift), 'mean') == 'immovable'
+
+
+def test_a_scale_that_makes_nans_is_told():
     assert run(Made(0., 2., scale=lambda m, s, by: (m, s*float('nan'))), 'std') == 'non-finite'
-    assert run(Made(0., 0.), 'std') == ''  # what does not vary is left as it is
+
+
+def test_what_does_not_vary_is_left_as_it_is():
+    m = Made(0., 0.)
+    assert run(m, 'std') == '' and m.moves() == []
+
+
+def test_a_loop_stops_after_so_many_steps():
     m = Made(0., 2., scale=lambda m, s, by: (m, s*by**0.5))
     run(m, 'std', steps=3)
     assert m.moves() == ['scale']*3
 
 
-@pytest.mark.parametrize('weight, biases, says', [(1e-9, 0.5, ''), (1., 0.9, ''), (30., 0.9, ''), (1., 3., 'unresponsive'), (1e-9, 3., 'unresponsive')])
+@pytest.mark.parametrize('weight, biases, says', [
+    (1e-9, 0.5, ''),
+    (1., 0.9, ''),
+    (30., 0.9, ''),
+    (1., 3., 'unresponsive'),
+    (1e-9, 3., 'unresponsive'),
+])
 def test_an_affine_unit_is_given_up_only_if_its_biases_outweigh_the_target(weight, biases, says):
     z, b = torch.randn(256, 64, dtype=torch.float64)*weight, torch.randn(64, dtype=torch.float64)
     meter = AffineMeter(channel_moments(z), (b/b.std(correction=0)*biases).numpy(), True, False)
     assert run(meter, 'std mean') == says
-    if not says: assert meter.stats()[1].item() == pytest.approx(1, abs=1.1e-3) and meter.stats()[0].item() == pytest.approx(0, abs=1e-3)
+    if not says:
+        mean, std = meter.stats()
+        assert std.item() == pytest.approx(1, abs=1.1e-3) and mean.item() == pytest.approx(0, abs=1e-3)
 
 
 def test_a_tolerance_below_rounding_is_no_reason_to_give_up():
-    meter = AffineMeter(channel_moments(torch.randn(256, 8) + 3), np.random.default_rng(0).normal(size=8)/3, True, False)
+    biases = np.random.default_rng(0).normal(size=8)/3
+    meter = AffineMeter(channel_moments(torch.randn(256, 8) + 3), biases, True, False)
     assert run(meter, 'mean+std', tol=1e-30) == '' and meter.stats()[1].item() == pytest.approx(1, abs=1e-9)
 
 
@@ -115,5 +180,7 @@ def test_the_affine_meter_says_what_the_output_would_be(seed, order, per_channel
     run(meter, order)
     o = z*torch.as_tensor(meter.weight_scale).view(-1, 1) + (b + torch.as_tensor(meter.bias_shift))[:, None]
     want = channel_moments(o).stats(per_channel)
-    for got, w in zip(meter.stats(), want): np.testing.assert_allclose(got, w, rtol=1e-9, atol=1e-9)
-    if order.split()[-1] != 'mean': np.testing.assert_allclose(meter.stats()[1], 1, rtol=0, atol=1.001e-3)
+    for got, w in zip(meter.stats(), want):
+        np.testing.assert_allclose(got, w, rtol=1e-9, atol=1e-9)
+    if order.split()[-1] != 'mean':
+        np.testing.assert_allclose(meter.stats()[1], 1, rtol=0, atol=1.001e-3)

@@ -14,12 +14,24 @@ nan = float('nan')
 
 
 def row(k, status='ok', mean=0., std=1., before=(None, None), **kwargs):
-    if status == 'not called': mean = std = nan
-    return Row(**{**dict(name=f'blocks.{k}.conv', kind='Conv2d', shape=(32, 64, 8, 8) if status != 'not called' else (), mean=mean, std=std, mean_before=before[0], std_before=before[1],
-                         passes=int(status in ('ok', 'off')), status=status), **kwargs})
+    if status == 'not called':
+        mean = std = nan
+    fields = dict(
+        name=f'blocks.{k}.conv',
+        kind='Conv2d',
+        shape=(32, 64, 8, 8) if status != 'not called' else (),
+        mean=mean,
+        std=std,
+        mean_before=before[0],
+        std_before=before[1],
+        passes=int(status in ('ok', 'off')),
+        status=status,
+    )
+    return Row(**{**fields, **kwargs})
 
 
-def report(*statuses, order='std mean', **kwargs): return LSUVReport([row(k, s, **kwargs) for k, s in enumerate(statuses)], order=order, n_passes=2)
+def report(*statuses, order='std mean', **kwargs):
+    return LSUVReport([row(k, s, **kwargs) for k, s in enumerate(statuses)], order=order, n_passes=2)
 
 
 def test_rows_of_a_real_report():
@@ -29,15 +41,18 @@ def test_rows_of_a_real_report():
     assert r[0].shape == (16, 8, 6, 6) and r[0].passes == 1 and r[0].status == 'ok' and r.ok and r.left_alone == ''
     assert r.pairs == [(x.mean, x.std) for x in r] and all(abs(m) < 1e-3 and abs(s - 1) < 1e-3 for m, s in r.pairs)
     assert all(abs(x.std_before - 1) > 0.1 for x in r) and r.order == 'std mean' and r.n_passes == 3
-    with pytest.raises(KeyError, match="'head' is no unit of this report; its units are 0, 3"): r['head']
-    with pytest.raises(IndexError): r[2]
+    with pytest.raises(KeyError, match="'head' is no unit of this report; its units are 0, 3"):
+        r['head']
+    with pytest.raises(IndexError):
+        r[2]
     assert r[:1] == (r[0],)
 
 
 def test_ok_is_only_what_is_done():
     assert report('ok', 'no bias').ok
     for s in STATUSES:
-        if s not in ('ok', 'no bias'): assert not report('ok', s).ok
+        if s not in ('ok', 'no bias'):
+            assert not report('ok', s).ok
 
 
 def test_pairs_leave_out_what_did_not_run():
@@ -54,7 +69,8 @@ def test_left_alone_is_one_sentence_by_status():
 
 def test_one_warning_and_it_points_here():
     model, batch = NETWORKS['hand/parametrized']()
-    with pytest.warns(UserWarning) as said: r = lsuv_init(model, batch)
+    with pytest.warns(UserWarning) as said:
+        r = lsuv_init(model, batch)
     assert [str(w.message) for w in said if 'LSUV' in str(w.message)] == [r.left_alone] and said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -62,10 +78,18 @@ def test_one_warning_and_it_points_here():
 
 
 def test_table_of_a_few_rows():
-    r = LSUVReport([row(0, mean=-3e-9, std=0.99999), row(1, 'off', mean=-0.5, std=3.2e-6), row(2, 'constant', std=0., shape=(8, 4), kind='Linear'), row(3, 'not called'),
-                    row(4, 'non-finite', mean=nan, std=float('inf')), row(5, mean=12345.678, std=1)], order='std mean', n_passes=2)
+    rows = [
+        row(0, mean=-3e-9, std=0.99999),
+        row(1, 'off', mean=-0.5, std=3.2e-6),
+        row(2, 'constant', std=0., shape=(8, 4), kind='Linear'),
+        row(3, 'not called'),
+        row(4, 'non-finite', mean=nan, std=float('inf')),
+        row(5, mean=12345.678, std=1),
+    ]
+    r = LSUVReport(rows, order='std mean', n_passes=2)
     lines = str(r).splitlines()
-    assert lines[0] == "LSUV 'std mean': 2 of 6 layers at the target std (1 off, 1 constant, 1 not called, 1 non-finite), 2 forward passes"
+    assert lines[0] == ("LSUV 'std mean': 2 of 6 layers at the target std (1 off, 1 constant, 1 not called, "
+                        "1 non-finite), 2 forward passes")
     assert lines[2].split() == ['layer', 'kind', 'output', 'mean', 'std', 'gain', 'passes', 'status']
     assert lines[4].split() == ['blocks.0.conv', 'Conv2d', '32x64x8x8', '0.0000', '1.0000', '1', '1', 'ok']
     assert lines[5].split() == ['blocks.1.conv', 'Conv2d', '32x64x8x8', '-0.5000', '3.2e-06', '1', '1', 'off']
@@ -80,8 +104,16 @@ def test_ten_rows_are_all_shown():
     assert len(str(report(*['ok']*10)).splitlines()) == 4 + 10 and '...' not in str(report(*['ok']*10))
 
 
-@pytest.mark.parametrize('statuses', [['ok']*300, ['ok', 'no bias']*150, ['ok', 'no bias', 'constant']*100, ['ok']*100 + ['frozen']*5 + ['ok']*195, ['constant', 'unresponsive']*150,
-                                      ['ok']*41, ['frozen']*60 + ['ok']*60, (['ok']*9 + ['off'])*30])
+@pytest.mark.parametrize('statuses', [
+    ['ok']*300,
+    ['ok', 'no bias']*150,
+    ['ok', 'no bias', 'constant']*100,
+    ['ok']*100 + ['frozen']*5 + ['ok']*195,
+    ['constant', 'unresponsive']*150,
+    ['ok']*41,
+    ['frozen']*60 + ['ok']*60,
+    (['ok']*9 + ['off'])*30,
+])
 def test_long_tables_are_folded(statuses):
     r = LSUVReport([row(k, s, std=1 + k/1e4) for k, s in enumerate(statuses)], order='std mean', n_passes=2)
     lines = str(r).splitlines()[4:]
@@ -90,16 +122,21 @@ def test_long_tables_are_folded(statuses):
     folds = [l for l in lines if l.startswith('...')]
     hidden = sum(int(l.split()[1]) for l in folds)
     assert folds and hidden + len(lines) - len(folds) == len(statuses)  # every row is shown or counted
-    for s in set(statuses): assert any(s in l and not l.startswith('...') for l in lines), f'no {s} row is shown'
-    if statuses.count('frozen') == 5: assert all(f'blocks.{k}.conv' in '\n'.join(lines) for k in range(100, 105))  # what is rare is shown
+    for s in set(statuses):
+        assert any(s in l and not l.startswith('...') for l in lines), f'no {s} row is shown'
+    if statuses.count('frozen') == 5:
+        assert all(f'blocks.{k}.conv' in '\n'.join(lines) for k in range(100, 105))  # what is rare is shown
 
 
 def test_a_fold_says_what_it_holds():
-    r = LSUVReport([row(k, 'ok' if k % 3 else 'no bias', mean=k/1000, std=1 + k/1e4) for k in range(60)], order='std', n_passes=2)
+    rows = [row(k, 'ok' if k % 3 else 'no bias', mean=k/1000, std=1 + k/1e4) for k in range(60)]
+    r = LSUVReport(rows, order='std', n_passes=2)
     fold = next(l for l in str(r).splitlines() if l.startswith('...'))
     first = int(str(r).split('\n...')[0].splitlines()[-1].split('.')[1]) + 1
     n = int(fold.split()[1])
-    assert f'{first/1000:.4f} to {(first + n - 1)/1000:.4f}' in fold and f'{1 + first/1e4:.4f} to {1 + (first + n - 1)/1e4:.4f}' in fold and 'ok' in fold and 'no bias' in fold
+    last = first + n - 1
+    assert f'{first/1000:.4f} to {last/1000:.4f}' in fold and f'{1 + first/1e4:.4f} to {1 + last/1e4:.4f}' in fold
+    assert 'ok' in fold and 'no bias' in fold
 
 
 def test_html_is_escaped_and_folded():
@@ -111,9 +148,12 @@ def test_html_is_escaped_and_folded():
 
 def test_df():
     r = report('ok', 'frozen')
-    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'passes', 'status', 'gain'] and len(r.df()) == 2 and r.df()['status'].tolist() == ['ok', 'frozen']
+    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'passes', 'status', 'gain']
+    assert len(r.df()) == 2 and r.df()['status'].tolist() == ['ok', 'frozen']
     r = report('ok', before=(0.5, 2.))
-    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'mean_before', 'std_before', 'passes', 'status', 'gain'] and r.df()['std_before'][0] == 2
+    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'mean_before', 'std_before', 'passes',
+                                    'status', 'gain']
+    assert r.df()['std_before'][0] == 2
     assert list(LSUVReport([]).df().columns)[:2] == ['name', 'kind']
 
 
@@ -130,13 +170,18 @@ def test_summary_of_layer_stats():
 
 @pytest.mark.usefixtures('axes')
 def test_plot():
-    r = LSUVReport([row(k, s, mean=k/10, std=1 + k, before=(k, 100 + k)) for k, s in enumerate(['ok', 'not called', 'off', 'no bias'])], order='std mean')
+    statuses = ['ok', 'not called', 'off', 'no bias']
+    rows = [row(k, s, mean=k/10, std=1 + k, before=(k, 100 + k)) for k, s in enumerate(statuses)]
+    r = LSUVReport(rows, order='std mean')
     std, mean = axs = r.plot()
     lines = {l.get_label(): l for l in std.get_lines()}
     assert list(lines['before'].get_ydata()) == [100, 102, 103] and list(lines['after'].get_ydata()) == [1, 3, 4]
     assert list(lines['not normalized'].get_xdata()) == [1] and list(lines['not normalized'].get_ydata()) == [3]
-    assert list(next(l for l in mean.get_lines() if l.get_label() == 'after').get_ydata()) == [0, 0.2, pytest.approx(0.3)]
-    assert std.get_yscale() == 'log' and std.get_ylabel() == 'std' and mean.get_ylabel() == 'mean' and [t.get_text() for t in mean.get_xticklabels()] == ['blocks.0.conv', 'blocks.2.conv', 'blocks.3.conv']
+    after = next(line for line in mean.get_lines() if line.get_label() == 'after')
+    assert list(after.get_ydata()) == [0, 0.2, pytest.approx(0.3)]
+    assert std.get_yscale() == 'log' and std.get_ylabel() == 'std' and mean.get_ylabel() == 'mean'
+    names = [t.get_text() for t in mean.get_xticklabels()]
+    assert names == ['blocks.0.conv', 'blocks.2.conv', 'blocks.3.conv']
     again = report('ok').plot(axs=axs)
     assert again is axs
     assert report(*['ok']*300).plot()[1].get_xlabel() == 'layer, in order of execution'

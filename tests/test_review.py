@@ -12,6 +12,9 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_init
+from fastai_lsuv.evidence import doubt
+from fastai_lsuv.feed import Feed
+from fastai_lsuv.moments import channel_moments, whole_moments
 from test_harm import quietly
 
 
@@ -218,3 +221,41 @@ def test_a_list_of_unlike_tensors_says_what_is_meant():
 def test_two_tensors_alike_are_two_mini_batches_and_a_warning_says_so():
     with pytest.warns(UserWarning, match='takes a list of 2 tensors as 2 mini-batches; pass `n_inp`'):
         lsuv_init(nn.Linear(16, 4), list(torch.randn(2, 64, 16)))
+
+
+# --- found as the tests of the new core were written
+
+@pytest.mark.parametrize('mean', [0., 0.5, 2., 20., 1000.])
+@pytest.mark.parametrize('moments', [whole_moments, channel_moments])
+@pytest.mark.parametrize('samples', [8, 64])
+def test_a_mean_hides_no_outlier(mean, moments, samples):
+    x = .1*torch.randn(samples, 32, dtype=torch.float64)
+    x[3] *= 40
+    assert doubt(moments(x + mean), 1.) == 'outlier'
+    assert doubt(moments(torch.randn(samples, 32) + mean), 1.) == ''
+
+
+def test_gathering_doubles_the_mini_batch_and_moving_on_begins_anew():
+    batches = [torch.full((1, 4), float(i)) for i in range(20)]
+    with Feed(nn.Linear(4, 2), iter(batches), None, None) as feed:
+        sizes = [len(feed.batch) for _ in range(3) if feed.gather()]
+        feed.next()
+        feed.gather()
+        assert sizes == [2, 4, 8] and feed.batch[:, 0].tolist() == [8., 9.]
+
+
+@pytest.mark.parametrize('drop', [torch.alpha_dropout, torch.feature_alpha_dropout, torch.alpha_dropout_,
+                                  torch.feature_dropout_, torch.feature_alpha_dropout_], ids=lambda f: f.__name__)
+def test_no_builtin_dropout_drops(drop):
+    seen = []
+    net = Mod(lambda self, x: self.lin(seen.append(drop(x.clone(), 0.5, self.training)) or seen[-1]), lin=nn.Linear(16, 8))
+    x = torch.randn(64, 16)
+    lsuv_init(net, x)
+    assert all(torch.equal(s, x) for s in seen)
+
+
+def test_the_warning_of_an_unused_target_points_at_the_caller():
+    with pytest.warns(UserWarning, match='target_mean') as said:
+        lsuv_init(nn.Linear(16, 8), torch.randn(64, 16), order='std', target_mean=1.)
+        LSUVCallback(order='std', target_mean=1.)
+    assert [w.filename for w in said] == [__file__]*2

@@ -1,4 +1,6 @@
-"What `lsuv_init` and `layer_stats` leave as it was: all but weights and biases when they succeed, all of it when they fail."
+"""What `lsuv_init` and `layer_stats` leave as it was.
+
+That is all but weights and biases when they succeed, and all of it when they fail."""
 import random
 import warnings
 from collections import Counter, OrderedDict, deque
@@ -6,6 +8,7 @@ from collections import Counter, OrderedDict, deque
 import numpy as np
 import pytest
 import torch
+from checked import init, samples
 from fingerprint import contents, fingerprint
 from lesson11 import ConvLayer, LearnableConvLayer, lesson11
 from networks import Mod
@@ -19,7 +22,8 @@ class Stateful(nn.Module):
     "Everything that a forward pass may leave behind."
     def __init__(self):
         super().__init__()
-        self.conv,self.bn,self.drop,self.frozen_bn = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8),nn.Dropout(0.3),nn.BatchNorm2d(8)
+        self.conv,self.bn = nn.Conv2d(3, 8, 3, padding=1),nn.BatchNorm2d(8)
+        self.drop,self.frozen_bn = nn.Dropout(0.3),nn.BatchNorm2d(8)
         self.old = torch.nn.utils.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
         self.spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
         self.container = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
@@ -29,24 +33,35 @@ class Stateful(nn.Module):
         self.start,self.started = nn.Parameter(torch.zeros(1, 8, 1, 1)),False  # as an ActNorm takes its start from data
         self.head = nn.Linear(8, 4)
         self.calls,self.log,self.by_name,self.counts,self.last = 0,[],{'std': []},Counter(),deque([0, 0], maxlen=2)
-        self.hidden,self.pair,self.array,self.rng = torch.zeros(2, 1, 8),(torch.zeros(3), [0]),np.zeros(3),random.Random(3)
+        self.hidden,self.pair = torch.zeros(2, 1, 8),(torch.zeros(3), [0])
+        self.array,self.rng = np.zeros(3),random.Random(3)
         self.register_buffer('ema', torch.zeros(8))
         self.register_buffer('mask', torch.ones(8).expand(3, 8))
         self.register_buffer('none', None)
         self.sparse = torch.eye(3).to_sparse()
-        self.frozen_bn.eval(), self.drop.eval(), self.spectral.eval()
+        self.frozen_bn.eval()
+        self.drop.eval()
+        self.spectral.eval()
         self.trap = None
 
     def forward(self, x):
-        if not self.started: self.start.data.copy_(x.mean()); self.started = True
-        self.calls += 1; self.log.append(x.shape); self.by_name['std'].append(x.std().item()); self.counts['x'] += 1; self.last.append(self.calls)
+        if not self.started:
+            self.start.data.copy_(x.mean())
+            self.started = True
+        self.calls += 1
+        self.log.append(x.shape)
+        self.by_name['std'].append(x.std().item())
+        self.counts['x'] += 1
+        self.last.append(self.calls)
         x = self.frozen_bn(self.drop(self.bn(self.conv(x)))) + self.start
         self.ema.lerp_(x.mean((0, 2, 3)), 0.1)
         x = self.container(self.spectral(self.old(x)))
-        if self.trap is not None: self.trap()
+        if self.trap is not None:
+            self.trap()
         x = x.flatten(2).transpose(1, 2) + self.emb.weight.mean() + self.emb(torch.arange(4)).mean()
         y, (self.hidden, self.cell) = self.rnn(x)
-        self.pair[0].add_(1), self.pair[1].append(1)
+        self.pair[0].add_(1)
+        self.pair[1].append(1)
         self.array += self.rng.random()
         return self.head(self.attn(x, y, y)[0].mean(1))
 
@@ -65,22 +80,29 @@ def test_on_success_nothing_but_weights_and_biases_changes():
     model, x = stateful()
     was, params = fingerprint(model, weights=False), {n: contents(p) for n, p in model.named_parameters()}
     report = quietly(lsuv_init, model, iter([x, x*3]), modules=MODULES)
-    now, changed = fingerprint(model, weights=False), {n for n, p in model.named_parameters() if contents(p) != params[n]}
+    now = fingerprint(model, weights=False)
+    changed = {n for n, p in model.named_parameters() if contents(p) != params[n]}
     del was['old']['weight'], now['old']['weight']  # computed from its parameters
     assert now == was
     units = ('conv.', 'old.', 'container.0.', 'attn.out_proj.', 'head.', 'spectral.')
-    assert changed and all(n.startswith(units) for n in changed) and {'conv.weight', 'old.weight_g', 'container.0.weight', 'head.bias', 'attn.out_proj.weight'} <= changed
-    assert report.n_passes >= 3 and report['conv'].status == 'ok' and [p.requires_grad for p in model.parameters()] == [True]*len(params)
+    assert changed and all(n.startswith(units) for n in changed)
+    assert {'conv.weight', 'old.weight_g', 'container.0.weight', 'head.bias', 'attn.out_proj.weight'} <= changed
+    assert report.n_passes >= 3 and report['conv'].status == 'ok'
+    assert [p.requires_grad for p in model.parameters()] == [True]*len(params)
 
 
 def test_layer_stats_changes_nothing_at_all():
     model, x = stateful()
     was = fingerprint(model)
-    layer_stats(model, x), layer_stats(model, x, modules=MODULES)
+    layer_stats(model, x)
+    layer_stats(model, x, modules=MODULES)
     assert fingerprint(model) == was
 
 
-@pytest.mark.parametrize('error', [RuntimeError('out of memory'), KeyboardInterrupt(), StopIteration()], ids=lambda e: type(e).__name__)
+ERRORS = [RuntimeError('out of memory'), KeyboardInterrupt(), StopIteration()]
+
+
+@pytest.mark.parametrize('error', ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize('at', [1, 2, 3])
 def test_a_forward_that_fails_in_any_pass(error, at):
     model, x = stateful()
@@ -90,7 +112,8 @@ def test_a_forward_that_fails_in_any_pass(error, at):
         if len(passes) == at: raise error
     model.trap = trap
     was = fingerprint(model)
-    with pytest.raises(type(error)): quietly(lsuv_init, model, [x, 3*x, 9*x, 27*x], modules=MODULES)
+    with pytest.raises(type(error)):
+        quietly(lsuv_init, model, [x, 3*x, 9*x, 27*x], modules=MODULES)
     assert len(passes) == at and fingerprint(model) == was
 
 
@@ -104,7 +127,8 @@ def test_a_hook_that_fails_at_any_unit(unit, when):
         if len(calls) > 1: raise KeyboardInterrupt
     m.register_forward_pre_hook(fail) if when == 'before' else m.register_forward_hook(fail)
     was = fingerprint(model)
-    with pytest.raises(KeyboardInterrupt): quietly(lsuv_init, model, [x, 3*x, 9*x], modules=MODULES)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(lsuv_init, model, [x, 3*x, 9*x], modules=MODULES)
     assert fingerprint(model) == was
 
 
@@ -117,10 +141,15 @@ def test_a_function_of_the_users_that_fails(option):
         if len(calls) > 2: raise ZeroDivisionError
         return x*3**len(calls) if option == 'get_input' else 1.
     def batches():
-        yield x; yield 3*x; fail(), fail(), fail()
+        yield x
+        yield 3*x
+        fail()
+        fail()
+        fail()
     options = dict(batches=batches()) if option == 'batches' else {'batches': [x, x, x, x], option: fail}
     was = fingerprint(model)
-    with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, modules=MODULES, **options)
+    with pytest.raises(ZeroDivisionError):
+        quietly(lsuv_init, model, modules=MODULES, **options)
     assert fingerprint(model) == was
 
 
@@ -129,7 +158,8 @@ def test_a_third_mini_batch_that_is_bad(bad):
     model, x = stateful()
     third = torch.full_like(x, bad) if bad != 'shape' else torch.randn(8, 4, 6, 6)
     was = fingerprint(model)
-    with pytest.raises((ValueError, RuntimeError)): quietly(lsuv_init, model, [x, 3*x, third], modules=MODULES)
+    with pytest.raises((ValueError, RuntimeError)):
+        quietly(lsuv_init, model, [x, 3*x, third], modules=MODULES)
     assert fingerprint(model) == was
 
 
@@ -140,26 +170,36 @@ def test_what_stands_behind_properties_is_put_back_too(layer):
         if float(model[0].bias) != -0.25: raise RuntimeError
     model[4].register_forward_pre_hook(trap)
     was = fingerprint(model)
-    with pytest.raises(RuntimeError): lsuv_init(model, torch.randn(8, 1, 28, 28), modules=ConvLayer)
+    with pytest.raises(RuntimeError):
+        lsuv_init(model, torch.randn(8, 1, 28, 28), modules=ConvLayer)
     assert fingerprint(model) == was and float(model[0].bias) == -0.25
+
+
+def hooks_of(model):
+    "The forward hooks of each module, in their order."
+    return [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs))
+            for m in model.modules()]
 
 
 def test_others_hooks_stay_in_place_and_in_order():
     model, x = stateful()
     log = []
     for m in (model, model.conv, model.head):
-        m.register_forward_hook(lambda m, a, o: log.append('after')), m.register_forward_pre_hook(lambda m, a: log.append('before'))
-    hooks = [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
+        m.register_forward_hook(lambda m, a, o: log.append('after'))
+        m.register_forward_pre_hook(lambda m, a: log.append('before'))
+    was = hooks_of(model)
     quietly(lsuv_init, model, x, modules=MODULES)
-    assert hooks == [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), dict(m._forward_hooks_with_kwargs)) for m in model.modules()]
+    assert hooks_of(model) == was
     assert log.count('before') == log.count('after') >= 6
 
 
 def test_modes_of_a_mixed_model_and_dropout():
     model, x = stateful()
-    model.eval(), model.container.train()
+    model.eval()
+    model.container.train()
     seen = []
-    model.bn.register_forward_hook(lambda m, a, o: seen.append((m.training, model.drop.p, model.rnn.dropout, model.attn.dropout)))
+    def see(m, args, out): seen.append((m.training, model.drop.p, model.rnn.dropout, model.attn.dropout))
+    model.bn.register_forward_hook(see)
     modes = {n: m.training for n, m in model.named_modules()}
     quietly(lsuv_init, model, x, modules=MODULES)
     assert {n: m.training for n, m in model.named_modules()} == modes and set(seen) == {(True, 0., 0., 0.)}
@@ -169,7 +209,8 @@ def test_modes_of_a_mixed_model_and_dropout():
 def test_gradients_stay():
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight.grad = torch.ones(4, 4)
-    assert lsuv_init(model, torch.randn(32, 4)).ok and torch.equal(model[0].weight.grad, torch.ones(4, 4)) and model[0].weight.is_leaf
+    assert lsuv_init(model, torch.randn(32, 4)).ok
+    assert torch.equal(model[0].weight.grad, torch.ones(4, 4)) and model[0].weight.is_leaf
 
 
 def test_global_randomness_is_not_used_without_preinit():
@@ -182,10 +223,12 @@ def test_global_randomness_is_not_used_without_preinit():
 
 def test_bringing_lazy_layers_to_life_leaves_the_rest_as_it_was():
     def forward(self, x):
-        self.log.append(1); self.hidden += 1
+        self.log.append(1)
+        self.hidden += 1
         return self.lin(x)
     model = Mod(forward, lin=nn.LazyLinear(3), log=[], hidden=torch.zeros(2))
-    assert lsuv_init(model, torch.randn(32, 4)).ok and model.log == [] and model.hidden.sum() == 0 and model.training and model.lin.training
+    assert lsuv_init(model, torch.randn(32, 4)).ok
+    assert model.log == [] and model.hidden.sum() == 0 and model.training and model.lin.training
 
 
 def test_in_inference_mode_and_under_no_grad():
@@ -193,25 +236,31 @@ def test_in_inference_mode_and_under_no_grad():
     for mode in (torch.no_grad, torch.inference_mode):
         model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
         model[3].register_forward_hook(lambda m, a, o: None)
-        with mode(): assert lsuv_init(model, x).ok
+        with mode():
+            assert lsuv_init(model, x).ok
         model(x).sum().backward()
 
 
 def test_a_sparse_input():
-    model = Mod(lambda self, x, adj: self.b(torch.relu(torch.sparse.mm(adj, self.a(x)))), a=nn.Linear(4, 8), b=nn.Linear(8, 3))
+    def forward(self, x, adj): return self.b(torch.relu(torch.sparse.mm(adj, self.a(x))))
+    model = Mod(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 3))
     assert lsuv_init(model, (torch.randn(32, 4), (torch.eye(32) + torch.eye(32).roll(1, 0)).to_sparse())).ok
 
 
 class OddMemory(nn.Module):
-    "Layers whose weights lie in memory in every way: other types, transposed, channels-last, with gaps, expanded, of a few bytes, empty."
+    """Layers whose weights lie in memory in every way.
+
+    They are of other types, transposed, channels-last, with gaps, expanded, of a few bytes, or empty."""
     def __init__(self):
         super().__init__()
         self.cl = nn.Conv2d(3, 7, 3, bias=False).to(memory_format=torch.channels_last)
-        self.transposed,self.gaps,self.f64,self.bf16 = nn.Linear(7, 5),nn.Linear(5, 5),nn.Linear(5, 3).double(),nn.Linear(3, 3).bfloat16()
+        self.transposed,self.gaps = nn.Linear(7, 5),nn.Linear(5, 5)
+        self.f64,self.bf16 = nn.Linear(5, 3).double(),nn.Linear(3, 3).bfloat16()
         self.transposed.weight = nn.Parameter(torch.randn(7, 5).t())
         self.gaps.weight = nn.Parameter(torch.randn(10, 10)[::2, ::2])
         self.bf16.bias = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16).expand(3), requires_grad=False)
-        self.last,self.empty,self.scale = nn.Linear(3, 1),nn.Linear(0, 4),nn.Parameter(torch.randn(2, 5)[:, :1].expand(2, 3), requires_grad=False)
+        self.last,self.empty = nn.Linear(3, 1),nn.Linear(0, 4)
+        self.scale = nn.Parameter(torch.randn(2, 5)[:, :1].expand(2, 3), requires_grad=False)
 
     def forward(self, x):
         x = self.gaps(self.transposed(self.cl(x).mean((2, 3))))
@@ -228,19 +277,21 @@ def test_weights_in_any_kind_of_memory_are_put_back():
     model.cl.register_forward_pre_hook(look)
     was = fingerprint(model)
     model(x := torch.randn(16, 3, 6, 6))
-    with pytest.raises(RuntimeError, match='stop'): quietly(lsuv_init, model, x)
+    with pytest.raises(RuntimeError, match='stop'):
+        quietly(lsuv_init, model, x)
     changed = [not torch.equal(a, b) for a, b in zip(seen[0], seen[2])]
     assert changed[:6] == [False] + [True]*5 and fingerprint(model) == was
 
 
 def test_a_sparse_weight():
-    "It is changed, or put back when anything is raised."
+    "It is changed. It is put back when anything is raised."
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
     w = nn.Parameter(model[0].weight.detach().relu().to_sparse_csr())
     model[0].weight = w
     x,was = torch.randn(64, 8),fingerprint(model)
     hook = model[1].register_forward_hook(lambda *args: 1/0)
-    with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, x, preinit=None)
+    with pytest.raises(ZeroDivisionError):
+        quietly(lsuv_init, model, x, preinit=None)
     hook.remove()
     assert fingerprint(model) == was
     report = quietly(lsuv_init, model, x, preinit=None)
@@ -248,11 +299,13 @@ def test_a_sparse_weight():
 
 
 def test_weights_made_in_inference_mode_are_put_back():
-    with torch.inference_mode(): model = nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 1))
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 1))
     was = fingerprint(model)
     for preinit in ('orthogonal', None):
         hook = model.register_forward_hook(lambda *args: 1/0)
-        with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, torch.randn(64, 6), preinit=preinit)
+        with pytest.raises(ZeroDivisionError):
+            quietly(lsuv_init, model, torch.randn(64, 6), preinit=preinit)
         hook.remove()
         assert fingerprint(model) == was
 
@@ -263,18 +316,22 @@ class FrozenDict(OrderedDict):
     "As `diffusers` keeps the config of every model."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for key, value in self.items(): setattr(self, key, value)
+        for key, value in self.items():
+            setattr(self, key, value)
         self.__frozen = True
 
-    def _refuse(self, *args, **kwargs): raise Exception(f"You cannot use it on a {type(self).__name__} instance.")
+    def _refuse(self, *args, **kwargs):
+        raise Exception(f"You cannot use it on a {type(self).__name__} instance.")
     __delitem__ = setdefault = pop = update = _refuse
 
     def __setattr__(self, name, value):
-        if hasattr(self, '__frozen'): self._refuse()
+        if hasattr(self, '__frozen'):
+            self._refuse()
         super().__setattr__(name, value)
 
     def __setitem__(self, name, value):
-        if hasattr(self, '_FrozenDict__frozen'): self._refuse()
+        if hasattr(self, '_FrozenDict__frozen'):
+            self._refuse()
         super().__setitem__(name, value)
 
 
@@ -292,32 +349,41 @@ REFUSERS = {'frozen dict': lambda: FrozenDict({f'k{i}': i for i in range(29)}), 
 @pytest.mark.parametrize('fails', [False, True])
 @pytest.mark.parametrize('kind', REFUSERS)
 def test_an_attribute_that_refuses_writes(kind, fails):
-    "It made `lsuv_init` raise, left the config empty and the weights changed."
+    "It must not make `lsuv_init` raise, nor leave the config empty and the weights changed."
     model, x = stateful()
     model.conv.refuser = model.refuser = refuser = REFUSERS[kind]()
-    def add(m, args, out): m.refuser += 1
-    if kind == 'array of no dimensions': model.conv.register_forward_hook(add)
-    if fails: model.head.register_forward_hook(lambda *args: 1/0)
+    def add(m, args, out):
+        m.refuser += 1
+    if kind == 'array of no dimensions':
+        model.conv.register_forward_hook(add)
+    if fails:
+        model.head.register_forward_hook(lambda *args: 1/0)
     was, params = fingerprint(model, weights=False), [contents(p) for p in model.parameters()]
     if fails:
-        with pytest.raises(ZeroDivisionError): quietly(lsuv_init, model, x, modules=MODULES)
-    else: assert quietly(lsuv_init, model, x, modules=MODULES)['conv'].status == 'ok'
+        with pytest.raises(ZeroDivisionError):
+            quietly(lsuv_init, model, x, modules=MODULES)
+    else:
+        assert quietly(lsuv_init, model, x, modules=MODULES)['conv'].status == 'ok'
     now = fingerprint(model, weights=False)
-    for m in (was, now): del m['old']['weight']
+    for m in (was, now):
+        del m['old']['weight']
     assert now == was and (params == [contents(p) for p in model.parameters()]) == fails and model.refuser is refuser
     assert kind != 'frozen dict' or list(refuser.items()) == [(f'k{i}', i) for i in range(29)]
 
 
 def beside(e):
-    "What is told beside an exception: in its notes or, before Python 3.11, as its context."
+    "What is told beside an exception, in its notes or, before Python 3.11, as its context."
     return ''.join(getattr(e, '__notes__', [])) + str(e.__context__)
 
 
 def sealed_by_the_forward():
     "A model whose forward writes to an array, and then seals it."
     def forward(self, x):
-        if self.seen.flags.writeable: self.seen += 1; self.seen.flags.writeable = False
-        self.log.append(1); self.norm(x)
+        if self.seen.flags.writeable:
+            self.seen += 1
+            self.seen.flags.writeable = False
+        self.log.append(1)
+        self.norm(x)
         if self.fails: raise ZeroDivisionError('of the forward')
         return self.lin(x)
     return Mod(forward, lin=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), seen=np.zeros(2), log=[], fails=False)
@@ -328,7 +394,8 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back(fails):
     model = sealed_by_the_forward()
     model.fails = fails
     was = fingerprint(model)
-    with pytest.raises(ZeroDivisionError if fails else RestoreError) as e: lsuv_init(model, torch.randn(32, 4) + 3)
+    with pytest.raises(ZeroDivisionError if fails else RestoreError) as e:
+        lsuv_init(model, torch.randn(32, 4) + 3)
     said = beside(e.value) if fails else str(e.value)
     assert "could not put back: 'seen', " in said and '(ValueError). All else is as it was.' in said
     now = fingerprint(model)
@@ -345,7 +412,8 @@ def test_an_interrupt_in_the_restore_after_success_puts_the_weights_back_too(mon
         put_back(items, beside)
         if beside is None: raise KeyboardInterrupt
     monkeypatch.setattr(state, 'put_back', interrupted)
-    with pytest.raises(KeyboardInterrupt): quietly(lsuv_init, model, x, modules=MODULES)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(lsuv_init, model, x, modules=MODULES)
     assert fingerprint(model) == was
 
 
@@ -379,32 +447,39 @@ def test_a_large_parameter_that_the_forward_writes_is_named():
         assert lsuv_init(model, torch.randn(32, 4)).ok
     assert model.bank[:8].any()
     model.fails, was = True, model.lin.weight.clone()
-    with pytest.raises(ZeroDivisionError) as e: lsuv_init(model, torch.randn(32, 4))
+    with pytest.raises(ZeroDivisionError) as e:
+        lsuv_init(model, torch.randn(32, 4))
     assert torch.equal(model.lin.weight, was)
     assert "could not put back: 'bank', the forward pass writes to it" in beside(e.value)
 
 
 def test_large_parameters_that_are_only_read_are_not_named():
     model = nn.Sequential(nn.Linear(300, 300), nn.LayerNorm(300), nn.Linear(300, 300, bias=False))
-    with torch.inference_mode(): model.append(nn.Linear(300, 300))
+    with torch.inference_mode():
+        model.append(nn.Linear(300, 300))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with preserved(model, [], []), torch.no_grad(): model(torch.randn(4, 300))
+        with preserved(model, [], []), torch.no_grad():
+            model(torch.randn(4, 300))
 
 
 class Behind:
-    "A value behind something: how often it was assigned is counted."
-    def __init__(self, value): self.value, self.assigned = value, 0
+    "A value behind something. It counts how often it was assigned."
+    def __init__(self, value):
+        self.value, self.assigned = value, 0
     def copy(self): return self.value.clone() if isinstance(self.value, torch.Tensor) else self.value
-    def assign(self, value): self.value, self.assigned = value, self.assigned + 1
+    def assign(self, value):
+        self.value, self.assigned = value, self.assigned + 1
 
 
 @pytest.mark.parametrize('value', [1.5, torch.ones(2), 'x', None])
 def test_values_are_put_back_only_if_they_changed(value):
     v = Behind(value)
-    with preserved(nn.Linear(2, 2), [], [v]): v.value = 7.
+    with preserved(nn.Linear(2, 2), [], [v]):
+        v.value = 7.
     assert v.value == 7. and v.assigned == 0
-    with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]): raise KeyError
+    with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]):
+        raise KeyError
     assert v.assigned == 0
     v.value = value
     with pytest.raises(KeyError), preserved(nn.Linear(2, 2), [], [v]):
@@ -418,7 +493,8 @@ def test_owned_weights_come_first_and_gradients_stay():
     model.weight.grad = grad = torch.ones(2, 2)
     was = model.weight.detach().clone()
     class Last(Behind):
-        def assign(self, value): order.append(torch.equal(model.weight, was))
+        def assign(self, value):
+            order.append(torch.equal(model.weight, was))
     v = Last(1.)
     with pytest.raises(KeyError), preserved(model, [model.weight], [v]):
         assert model.weight.grad is None
@@ -426,16 +502,43 @@ def test_owned_weights_come_first_and_gradients_stay():
         v.value = 2.
         raise KeyError
     assert order == [True] and model.weight.grad is grad
-    with preserved(model, [model.weight], []): model.weight.data += 1; model.bias.data += 1
+    with preserved(model, [model.weight], []):
+        model.weight.data += 1
+        model.bias.data += 1
     assert torch.equal(model.weight, was + 1) and model.weight.grad is grad and abs(model.bias).max() < 1
 
 
 def test_a_million_entries_and_a_plain_object():
     class Tracker:
-        def __init__(self): self.n, self.seen = 0, []
+        def __init__(self):
+            self.n, self.seen = 0, []
     def forward(self, x):
-        self.long[0] = 1; self.tracker.n += 1; self.tracker.seen.append(x)
+        self.long[0] = 1
+        self.tracker.n += 1
+        self.tracker.seen.append(x)
         return self.lin(x)
     model = Mod(forward, lin=nn.Linear(4, 4), long=[0]*1_000_000, tracker=Tracker())
     assert lsuv_init(model, torch.randn(32, 4)).ok
     assert model.long[0] == 0 and vars(model.tracker) == {'n': 0, 'seen': []}
+
+
+def test_gradients_are_those_from_before():
+    "So it is where a model calls `backward` in its forward."
+    class Backward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net,self.head = nn.Sequential(nn.Linear(6, 16), nn.Softplus(), nn.Linear(16, 1)),nn.Linear(6, 4)
+        @torch.enable_grad()
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            self.net(x).sum().backward()
+            return self.head(x.grad)
+    model = Backward()
+    model(samples(64, 6))
+    model.net[0].bias.grad = None
+    was = {n: p.grad for n, p in model.named_parameters()}
+    kept = {n: g.clone() for n, g in was.items() if g is not None}
+    init(model, samples(64, 6))
+    assert len(kept) == 3 and all(p.grad is was[n] for n, p in model.named_parameters())
+    for n, g in kept.items():
+        assert torch.equal(was[n], g)

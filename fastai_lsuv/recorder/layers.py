@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..units import select_modules
+from ..selection import select_modules
 
 __all__ = ['RecordedLayer', 'Bound', 'find_layers', 'label_of']
 

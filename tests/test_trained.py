@@ -1,4 +1,4 @@
-"Weights that mean something are not overwritten: each case says so in one line, and each can be overridden."
+"Weights that mean something are not overwritten. Each case says so in one line, and can be overridden."
 import pickle
 from contextlib import nullcontext
 from copy import deepcopy
@@ -12,7 +12,7 @@ from fastai.vision.all import resnet18, unet_learner, vision_learner
 from learners import *
 
 from fastai_lsuv import LSUVCallback, lsuv_init
-from fastai_lsuv.units import find_units
+from fastai_lsuv.selection import find_units
 
 AS_IT_WAS = 'LSUV left the model as it is: '
 
@@ -20,7 +20,11 @@ AS_IT_WAS = 'LSUV left the model as it is: '
 def after_lsuv(learn, fit=None):
     "The weights that training starts with."
     seen = []
-    learn.fit(1, 0., cbs=Around(lambda l: seen.append(weights(l.model)), 11)) if fit is None else fit(Around(lambda l: seen.append(weights(l.model)), 11))
+    see = Around(lambda learn: seen.append(weights(learn.model)), 11)
+    if fit is None:
+        learn.fit(1, 0., cbs=see)
+    else:
+        fit(see)
     return seen[-1]
 
 
@@ -42,8 +46,10 @@ def initialized(learn, fit=None, kept=()):
     assert len(said(learn)) == 1 and ' at the target std' in said(learn)[0], learn.lines
     units = {id(k.value) for u in find_units(learn.model) for k in u.weights}
     for n, p, a, b in zip(names, learn.model.parameters(), w, now):
-        if id(p) in units: assert torch.equal(a, b) == (id(p) in ids), n
-        elif p.dim() > 1: assert torch.equal(a, b), n
+        if id(p) in units:
+            assert torch.equal(a, b) == (id(p) in ids), n
+        elif p.dim() > 1:
+            assert torch.equal(a, b), n
 
 
 # --- once
@@ -59,7 +65,8 @@ def test_the_first_fit_and_no_other():
 def test_silent_without_logging():
     learn = learner(cbs=LSUVCallback())
     with learn.no_logging():
-        for _ in range(2): learn.fit(1)
+        for _ in range(2):
+            learn.fit(1)
     assert learn.lines == [] and learn.lsuv.report.ok
 
 
@@ -72,7 +79,8 @@ def test_reset_and_every_fit_and_lsuv_init():
     report = learn.lsuv_init()
     assert report is learn.lsuv.report and report.ok
     learn.lsuv.every_fit = True
-    initialized(learn); initialized(learn)
+    initialized(learn)
+    initialized(learn)
 
 
 def test_a_callback_for_each_fit():
@@ -86,7 +94,8 @@ def test_a_callback_for_each_fit():
 
 
 def test_a_second_callback_is_refused_and_the_first_stays():
-    with pytest.raises(ValueError, match='cbs: got a second LSUVCallback'): learner(cbs=[LSUVCallback(), LSUVCallback()])
+    with pytest.raises(ValueError, match='cbs: got a second LSUVCallback'):
+        learner(cbs=[LSUVCallback(), LSUVCallback()])
     learn = learner(cbs=LSUVCallback(order='std'))
     first = learn.lsuv
     with pytest.raises(ValueError, match=r"the Learner has LSUVCallback\(order='std'\) already.*learn.remove_cb"):
@@ -96,8 +105,13 @@ def test_a_second_callback_is_refused_and_the_first_stays():
     assert learn.lsuv.report.ok and len(said(learn)) == 1
 
 
-@pytest.mark.parametrize('opt_func', [SGD, partial(SGD, mom=0.9), Adam, partial(OptimWrapper, opt=torch.optim.SGD), partial(OptimWrapper, opt=torch.optim.AdamW)],
-                         ids=['sgd', 'momentum', 'adam', 'torch sgd', 'torch adamw'])
+@pytest.mark.parametrize('opt_func', [
+    pytest.param(SGD, id='sgd'),
+    pytest.param(partial(SGD, mom=0.9), id='momentum'),
+    pytest.param(Adam, id='adam'),
+    pytest.param(partial(OptimWrapper, opt=torch.optim.SGD), id='torch sgd'),
+    pytest.param(partial(OptimWrapper, opt=torch.optim.AdamW), id='torch adamw'),
+])
 def test_trained_before_it_was_attached(opt_func):
     learn = learner(opt_func=opt_func)
     learn.fit(1)
@@ -108,7 +122,7 @@ def test_trained_before_it_was_attached(opt_func):
 
 
 def test_trained_by_another_learner():
-    "As when a model is trained on at a larger size."
+    "This happens where a model is trained on at a larger size."
     model = cnn()
     learner(model=model).fit(1)
     left(learner(model=model, cbs=LSUVCallback()), 'it has been trained')
@@ -116,8 +130,13 @@ def test_trained_by_another_learner():
     left(learner(model=model, cbs=LSUVCallback(force=True)), 'it was initialized before an earlier fit')
 
 
-@pytest.mark.parametrize('look', [lambda l: l.validate(), lambda l: l.get_preds(), lambda l: l.summary(), lambda l: l.get_preds(ds_idx=0), lambda l: l.tta()],
-                         ids=['validate', 'get_preds', 'summary', 'of training data', 'tta'])
+@pytest.mark.parametrize('look', [
+    pytest.param(lambda learn: learn.validate(), id='validate'),
+    pytest.param(lambda learn: learn.get_preds(), id='get_preds'),
+    pytest.param(lambda learn: learn.summary(), id='summary'),
+    pytest.param(lambda learn: learn.get_preds(ds_idx=0), id='of training data'),
+    pytest.param(lambda learn: learn.tta(), id='tta'),
+])
 @pytest.mark.parametrize('how', [dict(), dict(force=True), dict(every_fit=True)], ids=str)
 def test_a_look_at_the_model_is_no_fit(look, how):
     dls = DataLoaders.from_dsets(Split(images()), Split(images()), bs=16)
@@ -156,7 +175,9 @@ def test_validation_within_a_fit():
 
 def learned(m):
     "What training makes of norm layers."
-    if 'Norm' in type(m).__name__: m.weight.data += 0.1*torch.randn_like(m.weight); m.bias.data += 0.1*torch.randn_like(m.bias)
+    if 'Norm' in type(m).__name__:
+        m.weight.data += 0.1*torch.randn_like(m.weight)
+        m.bias.data += 0.1*torch.randn_like(m.bias)
 
 
 def test_a_pretrained_model_in_a_plain_learner():
@@ -167,7 +188,8 @@ def test_a_pretrained_model_in_a_plain_learner():
 def test_a_new_head_on_a_frozen_pretrained_model():
     model = cnn().apply(learned)
     for m in model[:-1]:
-        if not isinstance(m, nn.BatchNorm2d): m.requires_grad_(False)
+        if not isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(False)
     initialized(learner(model=model, cbs=LSUVCallback()), kept=model[:-1].parameters())
 
 
@@ -180,7 +202,7 @@ def test_a_pretrained_model_whose_norms_have_no_bias():
 
 
 def test_norms_that_look_learned_and_are_not():
-    "DCGAN's start from normal weights and zero biases; a model that was run in training mode has statistics."
+    "DCGAN's start from normal weights and zero biases. A model that was run in training mode has statistics."
     model = cnn()
     nn.init.normal_(model[1].weight, 1., 0.02)
     model(torch.randn(8, 3, 12, 12))
@@ -207,8 +229,10 @@ def test_another_model_is_another_matter():
 
 
 def test_start_epoch():
-    left(learn := learner(cbs=LSUVCallback()), 'training goes on from epoch 2', lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
-    initialized(learn := learner(cbs=LSUVCallback(force=True)), lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
+    learn = learner(cbs=LSUVCallback())
+    left(learn, 'training goes on from epoch 2', lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
+    forced = learner(cbs=LSUVCallback(force=True))
+    initialized(forced, lambda cb: forced.fit(3, 0., start_epoch=2, cbs=cb))
 
 
 # --- lr_find
@@ -239,7 +263,8 @@ def test_lr_find_leaves_the_lsuv_network(here, opt_func):
     learn.lines.clear()
     w = weights(learn.model)
     assert same(after_lsuv(learn), w)
-    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit, which had no log (`lr_find`, say).']
+    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit, which had no log '
+                           '(`lr_find`, say).']
     left(learn, 'it was initialized before an earlier fit')
 
 
@@ -255,7 +280,8 @@ def test_lr_find_before_it_is_attached(here, opt_func):
 def test_frozen_weights():
     learn = learner(cbs=LSUVCallback())
     frozen = learn.model[3]
-    for p in frozen.parameters(): p.requires_grad_(False)
+    for p in frozen.parameters():
+        p.requires_grad_(False)
     initialized(learn, kept=frozen.parameters())
     assert learn.lsuv.report['3'].status == 'frozen' and "frozen" in said(learn)[0]
 
@@ -282,17 +308,22 @@ def test_frozen_when_it_was_attached():
 def hub(monkeypatch):
     "Pretrained weights, without a network."
     import torchvision.models
-    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: pretrained_weights(torchvision.models.resnet18()))
+    def load(*args, **kwargs): return pretrained_weights(torchvision.models.resnet18())
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', load)
 
 
-def small_images(n=8): return DataLoaders(TfmdDL(images(n, size=32), bs=4, shuffle=True, num_workers=0, after_batch=[]), TfmdDL(images(4, size=32), bs=4, num_workers=0))
+def small_images(n=8):
+    train = TfmdDL(images(n, size=32), bs=4, shuffle=True, num_workers=0, after_batch=[])
+    return DataLoaders(train, TfmdDL(images(4, size=32), bs=4, num_workers=0))
 
 
 def test_vision_learner_pretrained(hub, monkeypatch):
     "torchvision's own path; the body is not looked at, so the first block will do."
     from fastai.vision.learner import model_meta
     monkeypatch.setitem(model_meta, resnet18, {**model_meta[resnet18], 'cut': -5})
-    def make(**kwargs): return quiet(vision_learner(small_images(), resnet18, n_out=4, cbs=LSUVCallback(**kwargs), lin_ftrs=[16], loss_func=CrossEntropyLossFlat()))
+    def make(**kwargs):
+        options = dict(n_out=4, lin_ftrs=[16], loss_func=CrossEntropyLossFlat())
+        return quiet(vision_learner(small_images(), resnet18, cbs=LSUVCallback(**kwargs), **options))
     initialized(learn := make(), kept=learn.model[0].parameters())
     learn = make()
     learn.unfreeze()
@@ -304,10 +335,14 @@ def test_vision_learner_pretrained(hub, monkeypatch):
 def test_vision_factories(factory, pretrained):
     def make(**kwargs):
         set_seed(0)
-        return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs), loss_func=lambda p, y: (1 - p.float()).square().mean(), **(dict(lin_ftrs=[16]) if factory is vision_learner else {})))
+        head = dict(lin_ftrs=[16]) if factory is vision_learner else {}
+        def loss(p, y): return (1 - p.float()).square().mean()
+        return quiet(factory(small_images(), body, n_out=4, pretrained=pretrained, cbs=LSUVCallback(**kwargs),
+                             loss_func=loss, **head))
     for unfrozen in False, True:
         learn = make()
-        if unfrozen: learn.unfreeze()
+        if unfrozen:
+            learn.unfreeze()
         initialized(learn, kept=learn.model[0].parameters() if pretrained else ())
     learn = make(force=True)
     learn.unfreeze()
@@ -316,7 +351,8 @@ def test_vision_factories(factory, pretrained):
 
 def test_fine_tune(hub):
     set_seed(0)
-    learn = quiet(vision_learner(small_images(), body, n_out=4, lin_ftrs=[16], cbs=LSUVCallback(), loss_func=CrossEntropyLossFlat()))
+    options = dict(n_out=4, lin_ftrs=[16], loss_func=CrossEntropyLossFlat())
+    learn = quiet(vision_learner(small_images(), body, cbs=LSUVCallback(), **options))
     seen = []
     w = weights(learn.model[0])
     learn.fine_tune(1, cbs=Around(lambda l: seen.append(weights(l.model[0]))))
@@ -360,8 +396,10 @@ def test_text_classifier_pretrained(wiki):
 @pytest.mark.parametrize('trained', [True, False])
 def test_load(here, with_opt, trained):
     a = learner()
-    if trained: a.fit(1)
-    else: a.create_opt()
+    if trained:
+        a.fit(1)
+    else:
+        a.create_opt()
     a.save('a', with_opt=with_opt)
     learn = learner(cbs=LSUVCallback())
     learn.load('a', **({} if with_opt else dict(with_opt=False)))
@@ -400,7 +438,7 @@ def test_loaded_then_copied(here):
 
 @pytest.mark.parametrize('preinit', ['orthogonal', None])
 def test_initialized_by_hand(preinit):
-    "What the user has made of the weights is not made again; an attempt that failed has made nothing."
+    "What the user has made of the weights is not made again. An attempt that failed has made nothing."
     def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 32), nn.ReLU(), nn.Linear(32, 4))
     learn = learner(model=mlp(), cbs=LSUVCallback())
     lsuv_init(learn.model, learn.dls.train, preinit=preinit)
@@ -410,7 +448,8 @@ def test_initialized_by_hand(preinit):
     initialized(learn, kept=learn.model[1].parameters())
     learn = learner(model=mlp(), cbs=LSUVCallback())
     hook = learn.model[-1].register_forward_hook(raises)
-    with pytest.raises(RuntimeError, match='hook'): lsuv_init(learn.model, learn.dls.train, preinit=preinit)
+    with pytest.raises(RuntimeError, match='hook'):
+        lsuv_init(learn.model, learn.dls.train, preinit=preinit)
     hook.remove()
     initialized(learn)
 
@@ -419,12 +458,14 @@ def test_a_failed_pass_loads_nothing():
     "Weights that were put back are not taken for loaded ones."
     learn = learner(cbs=LSUVCallback())
     hook = learn.model[-1].register_forward_hook(raises)
-    with pytest.raises(RuntimeError, match='hook'): learn.fit(1)
+    with pytest.raises(RuntimeError, match='hook'):
+        learn.fit(1)
     hook.remove()
     initialized(learn)
 
 
-def raises(*args): raise RuntimeError('hook')
+def raises(*args):
+    raise RuntimeError('hook')
 
 
 def test_load_learner(here):
@@ -452,7 +493,8 @@ def test_the_exported_file_grows_by_the_report_alone(here):
         learn.lines.clear()
         learn.export()
         sizes[name] = (here/'export.pkl').stat().st_size
-        if cbs: report = len(pickle.dumps(learn.lsuv.report))
+        if cbs:
+            report = len(pickle.dumps(learn.lsuv.report))
     assert sizes['with'] - sizes['without'] < report + 1000, (sizes, report)
 
 

@@ -1,0 +1,111 @@
+"""Which modules are units: `select_modules` reads the `modules` argument, `find_units` makes the units of a model.
+
+`measurable` refuses what hooks or LSUV cannot handle. `find_units` also decides which units are left alone: a weight
+that a module outside of the units holds too is tied."""
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any, Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .units import Unit
+from .weights import is_layer
+
+__all__ = ['select_modules', 'measurable', 'find_units']
+
+
+def select_modules(
+    model: nn.Module,
+    modules: Any = None  # Types, a predicate of a module, names or globs, modules, or a list; `None`: every layer
+) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
+    "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
+    named,what = list(model.named_modules()),type(model).__name__
+    # A parent applies an attention's inner layers by itself. Whoever selects one of them means the attention.
+    inside = {id(c): id(m) for _, m in named if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
+    if modules is None:
+        picked = [(n, m) for n, m in named if is_layer(m) and id(m) not in inside]
+        if picked: return picked
+        raise ValueError(f"model: {what} has no conv, linear or attention layer; name what to measure with `modules`")
+    takes = ("it takes types, a predicate of a module, names or globs as in `named_modules()`, modules, or a list of "
+             "these")
+    entries = list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
+    if not entries: raise ValueError(f"modules: got {modules!r}, which selects nothing; {takes}")
+    picked_ids: set[int] = set()
+    for e in entries:
+        test = _matcher(e)
+        if test is None: raise TypeError(f"modules: got {e!r} of type {type(e).__name__}; {takes}")
+        hits = [m for n, m in named if test(n, m)]
+        if not hits:
+            of_model = isinstance(e, nn.Module)
+            problem = f"{type(e).__name__} is not in the model" if of_model else f"no module of {what} matches {e!r}"
+            raise ValueError(f"modules: {problem}; {takes}. Names here: {_some(n for n, _ in named if n)}")
+        picked_ids |= {inside.get(id(m), id(m)) for m in hits}
+    return [(n, m) for n, m in named if id(m) in picked_ids]
+
+
+def _matcher(entry: Any) -> Callable[[str, nn.Module], bool] | None:
+    if isinstance(entry, str): return lambda n, m: n == entry or fnmatchcase(n, entry)
+    if isinstance(entry, nn.Module): return lambda n, m: m is entry
+    if isinstance(entry, type): return lambda n, m: isinstance(m, entry)
+    if callable(entry): return lambda n, m: bool(entry(m))
+    return None
+
+
+def _is_compiled_layer(m: nn.Module) -> bool:
+    "Whether this was a layer before `torch.jit` compiled it, as far as can be told."
+    if not isinstance(m, torch.jit.ScriptModule): return False
+    w = getattr(m, 'weight', None)
+    return isinstance(w, Tensor) and w.dim() > 1 and 'Embedding' not in m.original_name
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ', '.join(map(repr, names[:most])) + (f', ... ({len(names)} in all)' if len(names) > most else '')
+
+
+def measurable(
+    model: nn.Module,
+    modules: Any = None  # As in `select_modules`
+) -> list[Unit]:
+    "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
+    for n, m in model.named_modules() if modules is None else select_modules(model, modules):
+        if _is_compiled_layer(m):
+            raise TypeError(f"model: {n or 'it'!r} is a {m.original_name} compiled by torch.jit, which Python hooks do "
+                            "not reach; initialize the model first, then script or trace it")
+    units = [Unit(n, m) for n, m in select_modules(model, modules)]
+    for u in units:
+        for r in u.refs:
+            if r.tensor is not None and r.tensor.is_complex():
+                raise TypeError(f"model: {u.name!r} has a {r.tensor.dtype} {r.name}; LSUV normalizes real layers: "
+                                "leave it out with `modules`")
+    return units
+
+
+def find_units(
+    model: nn.Module,
+    modules: Any = None  # As in `select_modules`
+) -> list[Unit]:
+    """The units of `model`, in order of registration, each with what it owns or why it is left alone.
+
+    Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one,
+    and `TypeError` as `measurable` does."""
+    units = measurable(model, modules)
+    for u in units:
+        if u.layer is None:
+            raise ValueError(f"modules: {u.name!r} ({u.kind}) holds no conv, linear or attention layer, nor a "
+                             "`weight`, to scale; leave it out")
+        rivals = (o for o in units if o is not u and o.layer is u.layer)
+        inner = next((o for o in rivals if o.module in set(u.module.modules())), None)
+        if inner is not None:
+            raise ValueError(f"modules: {u.name!r} and {inner.name!r} inside it are both selected, and both would "
+                             "scale the same layer; select one of them")
+    # A module that is no unit may hold the weight too (an embedding tied to a decoder), and use it in another way.
+    layers = {id(u.layer) for u in units} | {id(u.module) for u in units}
+    others = (m for m in model.modules() if id(m) not in layers)
+    elsewhere = {id(p) for m in others for p in m._parameters.values() if p is not None}
+    for u in units:
+        shared = any(id(w.value) in elsewhere for w in u.weights if w.owner is u.layer)
+        if shared and not u.left_alone: u.left_alone = 'tied'
+    return units

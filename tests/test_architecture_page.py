@@ -1,0 +1,76 @@
+"`ARCHITECTURE.md` is true: what it names exists, and what it tells to do works."
+import importlib
+import pkgutil
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+import fastai_lsuv
+from fastai_lsuv import lsuv_init, weights
+
+PAGE = (Path(__file__).parent.parent/'ARCHITECTURE.md').read_text()
+OTHERS = {'torch.distributed', 'transformers.pytorch_utils.Conv1D', 'weight', 'bias', 'modules', 'batches', 'Learner'}
+
+
+def rooms_on_the_page():
+    "In the order of the table."
+    table = PAGE[PAGE.index('| room'):PAGE.index('## The path')]
+    lines = [line.split('|') for line in table.splitlines() if line.startswith('|')]
+    return [n for line in lines for n in re.findall(r'`(\w+)`', line[1])]
+
+
+def rooms():
+    names = [m.name for m in pkgutil.iter_modules(fastai_lsuv.__path__) if m.name != '__main__']
+    return {n: importlib.import_module(f'fastai_lsuv.{n}') for n in names}
+
+
+def test_each_name_exists():
+    modules = rooms()
+    held = {k for m in modules.values() for k in vars(m)}
+    classes = {k: v for m in modules.values() for k, v in vars(m).items() if isinstance(v, type)}
+    for name in set(re.findall(r'`([A-Za-z_][\w.]*)`', PAGE)) - OTHERS:
+        first,*rest = name.split('.')
+        owner = modules.get(first) or classes.get(first)
+        found = hasattr(owner, rest[0]) if rest else first in modules or first in held
+        assert found, f'ARCHITECTURE.md names {name}, which does not exist'
+
+
+def test_each_room_is_on_the_page():
+    assert rooms().keys() == set(rooms_on_the_page())
+
+
+def test_imports_point_one_way():
+    "No room imports, as it loads, from one that stands below it in the table."
+    order = rooms_on_the_page()
+    folder = Path(fastai_lsuv.__file__).parent
+    for i, name in enumerate(order):
+        path = folder/f'{name}.py'
+        if not path.exists(): continue
+        for imported in re.findall(r'^from \.(\w+) import', path.read_text(), re.M):
+            assert imported in order[:i], f'{name} imports from {imported}, which stands below it'
+
+
+def test_a_kind_is_one_line(monkeypatch):
+    class Conv1D(nn.Module):
+        "A linear layer with its weight the other way round, as GPT-2 of `transformers` has it."
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight,self.bias = nn.Parameter(torch.randn(inputs, outputs)*0.02),nn.Parameter(torch.zeros(outputs))
+        def forward(self, x): return x @ self.weight + self.bias
+
+    others = ModuleType('transformers.pytorch_utils')
+    others.Conv1D = Conv1D
+    monkeypatch.setitem(sys.modules, 'transformers.pytorch_utils', others)
+    monkeypatch.setattr(weights, 'KINDS', [*weights.KINDS])
+    line = re.search(r'```python\n(.*)\n```', PAGE).group(1)
+    exec(line, vars(weights))
+    net = nn.Sequential(Conv1D(16, 32), nn.GELU(), Conv1D(32, 8))
+    for options in (dict(), dict(preinit=None), dict(per_channel=True)):
+        report = lsuv_init(net, torch.randn(256, 16), **options)
+        assert [r.status for r in report] == ['ok', 'ok'] and report.n_passes == 2
+        assert all(s == pytest.approx(1, abs=1e-3) and abs(m) < 1e-3 for m, s in report.pairs)

@@ -1,0 +1,137 @@
+"Two processes talk over gloo. Statistics are pooled, and both compute the same weights, bit for bit."
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fastai.basics import set_seed
+from learners import same, weights
+
+from fastai_lsuv import lsuv_init
+from fastai_lsuv.moments import channel_moments, whole_moments
+from fastai_lsuv.ranks import pool_ranks
+
+slow = pytest.mark.slow  # starts two processes, which import fastai
+
+
+# --- moments
+
+def test_one_process_pools_nothing():
+    m = channel_moments(torch.randn(4, 3))
+    assert pool_ranks(m) is m
+
+
+def _rank(rank, port, results):
+    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    x = torch.arange(60.).view(10, 3, 2)
+    pooled = [pool_ranks(f(x[:4] if rank == 0 else x[4:])) for f in (channel_moments, whole_moments)]
+    results.put((rank, *((m.count, m.mean.tolist(), m.var.tolist()) for m in pooled)))
+    dist.destroy_process_group()
+
+
+@slow
+def test_ranks_pool_to_the_same_bits():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    results = mp.get_context('spawn').SimpleQueue()
+    mp.spawn(_rank, args=(port, results), nprocs=2)
+    (_, *a), (_, *b) = sorted([results.get(), results.get()])
+    assert a == b
+    for got, f in zip(a, (channel_moments, whole_moments)):
+        want = f(torch.arange(60.).view(10, 3, 2))
+        assert got[0] == want.count
+        np.testing.assert_allclose(got[1], want.mean, rtol=1e-6)
+        np.testing.assert_allclose(got[2], want.var, rtol=1e-6)
+
+
+# --- initialization
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "What each case gave on rank 0 and on rank 1. All of them run in one go."
+    folder = tmp_path_factory.mktemp('ranks')
+    command = [sys.executable, '-W', 'ignore', str(Path(ranks.__file__)), 'all']
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(ranks.__file__).parent)
+    processes = [subprocess.Popen([*command, str(rank), str(folder)], **options) for rank in range(2)]
+    try:
+        said = [p.communicate(timeout=240)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    def results(name):
+        assert all((folder/f'{name}-{rank}.pt').exists() for rank in range(2)), '\n'.join(said)
+        return [torch.load(folder/f'{name}-{rank}.pt', weights_only=False) for rank in range(2)]
+    return results
+
+
+def on_one_process(xb, **kwargs):
+    set_seed(0)  # that of rank 0
+    m = ranks.model()
+    lsuv_init(m, xb, **kwargs)
+    return weights(m)
+
+
+@slow
+@pytest.mark.parametrize('case, options', [
+    ('pooled', {}),
+    ('kept_weights', dict(preinit=None)),
+    ('uneven', {}),
+    ('wrapped', {}),
+    ('channels_last', {}),
+])
+def test_as_of_the_pooled_mini_batch_on_one_process(run, case, options):
+    a,b = run(case)
+    assert same(a, b)
+    for p, q in zip(a, on_one_process(ranks.batch(), **options)):
+        assert torch.allclose(p, q, rtol=1e-4, atol=1e-5)
+
+
+@slow
+def test_a_bad_batch_on_one_rank_ends_both(run):
+    (first,kept),(second,kept_too) = run('bad_batch')
+    assert 'another rank failed' in first and 'NaN' in second and kept and kept_too
+
+
+@slow
+def test_a_loader_that_fails_on_one_rank_ends_both(run):
+    (first,kept),(second,kept_too) = run('one_fails_to_load')
+    assert 'another rank failed' in first and 'no such file' in second and kept and kept_too
+
+
+@slow
+@pytest.mark.parametrize('case', ['callback', 'pytorch_loaders'])
+def test_ranks_draw_different_batches(run, case):
+    (a,drawn_a,lines_a),(b,drawn_b,lines_b) = run(case)
+    assert same(a, b) and len(lines_a) == 1 and lines_b == []
+    assert len(drawn_a) == len(drawn_b) >= 2
+    for x, y in zip(drawn_a, drawn_b):
+        assert len(x) == 16 and not set(x) & set(y)  # of the same epoch
+
+
+@slow
+def test_fewer_batches_than_ranks(run):
+    (a,lines),(b,_) = run('one_batch_each')
+    assert same(a, b) and 'target std' in lines[0]
+
+
+@slow
+def test_what_one_rank_must_not_touch_none_does(run):
+    (kept,lines),(kept_too,_) = run('one_was_loaded')
+    assert kept and kept_too and 'its weights were loaded' in lines[0]
+
+
+@slow
+def test_fastais_distrib_ctx(run):
+    (seen_a,drawn_a,lines_a),(seen_b,drawn_b,lines_b) = run('distrib_ctx')
+    assert same(seen_a[0], seen_b[0]), "after LSUV"
+    assert same(seen_a[1], seen_b[1]) and not same(seen_a[0], seen_a[1]), "after training"
+    assert [' at the target std' in line for line in lines_a] == [True, False] and 'initialized before' in lines_a[1]
+    assert lines_b == []
+    assert drawn_a[0] != drawn_b[0]
