@@ -78,7 +78,7 @@ class LSUVCallback(CallbackOnNewWeights):
     def before_fit(self):
         "Initialize the model, unless its weights mean something."
         if not begins_a_fit(): return
-        why = '' if self.every_fit else self.why_not(self.force)
+        why = '' if self.every_fit else self._why_not(self.force)
         if any_rank(bool(why)):
             if why == EARLIER and self.unsaid: return self._say_now()
             why = why or 'so does another rank'
@@ -99,7 +99,7 @@ class LSUVCallback(CallbackOnNewWeights):
         written = self.known.written(parameters(learn.model))
         samples = self.min_samples if min_samples is None else min_samples
         arguments = dict(force=self.force if force is None else force, watch=watch,
-                         keep=None if anyway else self.holds_meaning())
+                         keep=None if anyway else self._holds_meaning())
         try:
             report = self._initialize(Options(**{**self.options, **options}), samples, remarks.append, begun, arguments)
         finally:
@@ -108,7 +108,7 @@ class LSUVCallback(CallbackOnNewWeights):
             for line in remarks: self._say(line)
         if report is None: return None
         self.report = report
-        self.done()
+        self._done()
         self._say(line := report.summary + (f'. {report.warning}' if report.warning else ''))
         self.unsaid = line if learn.logger is noop else ''  # by `lr_find`, say
         return report

@@ -38,7 +38,8 @@ class NormWatch:
 
     Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than its eps, and the
     scale of everything behind it rests on that. `spread` is the smallest share of the output's variance that comes from
-    the input and not from eps, over the norm layers that have run; 1 while their samples differ. `normed` tells whether any has."""
+    the input and not from eps, over the norm layers that have run; 1 while their samples differ. `normed` tells whether
+    any has."""
     def __init__(self): self.reset()
 
     def reset(self) -> None: self.spread,self.normed = 1.,False

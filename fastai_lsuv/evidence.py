@@ -1,8 +1,8 @@
 """Whether statistics mean anything: what they rest on decides whether a unit is corrected from them.
 
-A mini-batch may lie. Where its samples are alike, a norm layer leaves rounding noise, and scaling that noise to std 1 ruins
-the network. Where one sample is far from the others, it alone sets the std. Where a norm layer's eps swallows its input,
-what follows sees next to nothing, until training makes it large. `doubt` tells these from the data."""
+A mini-batch may lie. Where its samples are alike, a norm layer leaves rounding noise, and scaling that noise to std 1
+ruins the network. Where one sample is far from the others, it alone sets the std. Where a norm layer's eps swallows its
+input, what follows sees next to nothing, until training makes it large. `doubt` tells these from the data."""
 from __future__ import annotations
 
 from enum import Enum
@@ -31,8 +31,8 @@ _ALIKE_INPUTS = 0.02
 _MOST_GAIN,_FEW_FEATURES = 2.,64
 # The largest factor that alike samples are trusted with,
 _MOST_GAIN_ALIKE = 8.
-# and that a unit needs behind a norm layer, from an orthonormal weight. Of 1,370 units of the networks in the tests, all but
-# one need at most 21; a mean over 32x32 positions may need 32.
+# and that a unit needs behind a norm layer, from an orthonormal weight. Of 1,370 units of the networks in the tests,
+# all but one need at most 21. A mean over 32x32 positions may need 32.
 _MOST_GAIN_NORMED = 100.
 # Standard errors that a mean may be off its target, at the most that samples can differ.
 _ERRORS = 3.
@@ -48,7 +48,7 @@ class Doubt(str, Enum):
 def doubt(
     m: Moments,  # Of the unit's output
     needed: float,  # Factor that brings the std to its target
-    size: Callable[[], float] = lambda: 1.  # Size of the weight, where an orthonormal one has 1; asked for if it matters
+    size: Callable[[], float] = lambda: 1.  # Size of the weight, which is 1 of an orthonormal one
 ) -> str:  # A value of `Doubt`, or ""
     "Whether moments are no ground to correct a unit from, and why."
     e = m.evidence
@@ -81,7 +81,8 @@ def samples_alike(batch) -> bool:
     return n > 1 and all(_alike(t) for t in leaves if len(t) == n)
 
 
-def _is_plain(t: Tensor) -> bool: return t.layout == torch.strided and not t.is_nested and not t.is_complex() and t.numel() > 0
+def _is_plain(t: Tensor) -> bool:
+    return t.layout == torch.strided and not t.is_nested and not t.is_complex() and t.numel() > 0
 
 
 def _alike(t: Tensor) -> bool:

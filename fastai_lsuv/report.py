@@ -27,9 +27,9 @@ class LSUVReport:
     as `Tensor.std` is. Where fresh mini-batches keep disagreeing, those of the last passes are pooled.
 
     What became of a unit is its `status`: "ok", "no bias" (std right, and no bias to move the mean with), "off",
-    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "faint", "not called", "non-finite" or "undone"; `STATUSES`
-    explains them. A unit is "ok" only if its std was measured within `batch_tol` of its target and, where the order
-    ends with a mean loop, its mean as close to its target as so many samples can tell."""
+    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "faint", "not called", "non-finite" or "undone";
+    `STATUSES` explains them. A unit is "ok" only if its std was measured within `batch_tol` of its target and, where
+    the order ends with a mean loop, its mean as close to its target as so many samples can tell."""
     def __init__(self,
         rows: list[Row],  # In order of execution
         order: str = '',  # The loops that were run; "" if none

@@ -15,7 +15,7 @@ STATUSES = {
     'unresponsive': "scaling its weight does not scale its output; the weight was put back",
     'alike': "the samples are too much alike, or too small for a norm layer's eps; it was not corrected from them",
     'outlier': "one sample of the mini-batch sets its std; it was not corrected from that",
-    'faint': "a norm layer's eps leaves next to nothing of its input, until training does; it was not corrected from that",
+    'faint': "a norm layer's eps leaves next to nothing of its input; it was not corrected from that",
     'not called': "the model did not call it; its weight is as it was",
     'non-finite': "its output holds NaNs or infinities",
     'undone': "the weights were put back",

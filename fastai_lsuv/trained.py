@@ -80,12 +80,12 @@ class CallbackOnNewWeights(Callback):
         "Forget what was done: the next fit initializes the model, whatever its weights mean."
         self.anyway = True
 
-    def done(self) -> None:
+    def _done(self) -> None:
         "Remember that the model has been initialized."
         self.anyway = False
         _INITIALIZED.add(plain(self.learn.model))
 
-    def why_not(self,
+    def _why_not(self,
         force: bool  # Whether weights that were loaded, trained or pretrained are no reason
     ) -> str:
         "Why no weight of the model is to be touched, or \"\"."
@@ -94,7 +94,7 @@ class CallbackOnNewWeights(Callback):
         if force: return ''
         return "it comes from a file" if self.from_file else came_trained(self.learn, self.known)
 
-    def holds_meaning(self) -> Callable[[Unit], bool]:
+    def _holds_meaning(self) -> Callable[[Unit], bool]:
         "Which units hold weights that were loaded, were frozen, or belong to the body of a pretrained Learner."
         params = parameters(self.learn.model)
         frozen = {id(p) for p in params if self.known.was_frozen(p)}

@@ -178,7 +178,9 @@ def test_arrays_and_tensors_that_show_a_parameter_keep_what_is_written_to_it():
     q = nn.Parameter(torch.from_numpy(root))
     m = module(array=p.detach().numpy()[1:], root=root, view=p.data[2:], own=np.zeros(4))
     s = Snapshot([m], but={restore.memory(p), restore.memory(q)})
-    p.data += 1; q.data += 1; m.own += 1
+    p.data += 1
+    q.data += 1
+    m.own += 1
     s.restore()
     assert p.sum() == 4 and q.sum() == 4 and m.own.sum() == 0
 
@@ -293,9 +295,16 @@ def test_plain_objects_that_a_module_holds_are_opened():
     m = module(tracker=Tracker(0, []), nested=SimpleNamespace(inner=inner), slotted=Slotted(0, []), sealed=Sealed(3),
                deep={'by': [Tracker(5, [])]})
     s, changed = written(m)
-    m.tracker.n += 1; m.tracker.counts.append(1); m.tracker.extra = 1
-    inner.n += 1; inner.counts[0].add_(1); m.slotted.n = 4; m.slotted.counts.append(1); m.deep['by'][0].n = 6
-    vars(m.sealed)['n'] = 4; m.sealed.log.append(1)
+    m.tracker.n += 1
+    m.tracker.counts.append(1)
+    m.tracker.extra = 1
+    inner.n += 1
+    inner.counts[0].add_(1)
+    m.slotted.n = 4
+    m.slotted.counts.append(1)
+    m.deep['by'][0].n = 6
+    vars(m.sealed)['n'] = 4
+    m.sealed.log.append(1)
     names = changed()
     assert {'tracker.n', 'tracker.extra', 'tracker.counts', 'nested.inner.n', 'slotted.n', 'slotted.counts',
             'sealed.n', 'sealed.log', "deep['by'][0].n"} <= set(names)
@@ -310,7 +319,9 @@ def test_what_runs_threads_or_is_no_module_s_is_not_opened():
     m = module(lock=threading.Lock(), queue=queue.Queue(), log=logging.getLogger('x'), f=test_tensors, cls=Tracker,
                other=[nn.Linear(2, 2)])
     s, changed = written(m)
-    m.queue.put(1); Tracker.note = 1; m.other[0].weight.data.zero_()
+    m.queue.put(1)
+    Tracker.note = 1
+    m.other[0].weight.data.zero_()
     s.restore()
     del Tracker.note
     assert m.queue.qsize() == 1 and not m.other[0].weight.any()
@@ -323,7 +334,9 @@ def test_what_runs_threads_or_is_no_module_s_is_not_opened():
 
 def test_an_object_that_is_its_own_dict():
     class AttrDict(dict):
-        def __init__(self, **kwargs): super().__init__(**kwargs); object.__setattr__(self, '__dict__', self)
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            object.__setattr__(self, '__dict__', self)
         __setattr__ = __setitem__ = no
     m = module(d=AttrDict(a=1))
     s, changed = written(m)
@@ -347,8 +360,11 @@ def test_attributes_of_an_object_that_refuses_them():
 
 def test_cyclic_structures_end():
     a, b = [], {}
-    a.append(b); b['a'] = a; b['self'] = b
-    o = SimpleNamespace(a=a); o.o = o
+    a.append(b)
+    b['a'] = a
+    b['self'] = b
+    o = SimpleNamespace(a=a)
+    o.o = o
     s, changed = written(m := module(a=a, o=o))
     m.me = m
     a.append(1), b.update(x=1), vars(o).update(y=1)
@@ -397,7 +413,9 @@ def change_all(m):
     m.n = 1
     m.tracker.n = 1
     m.tracker.counts.append(1)
-    m.ema += 1; m.weight.data += 1; m.extra = 1
+    m.ema += 1
+    m.weight.data += 1
+    m.extra = 1
 
 
 def state(m):
@@ -462,6 +480,7 @@ def test_an_interrupt_at_any_step_waits_until_all_is_done(step, error, monkeypat
 def test_ctrl_c_at_any_step_waits_until_all_is_done(step, monkeypatch):
     "The signal itself; whoever handled it before does so again."
     m = ten_of_a_kind()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     was, handler = state(m), signal.getsignal(signal.SIGINT)
     items = Snapshot([m]).items + Copies(m.parameters()).items
     change_all(m)
