@@ -111,11 +111,42 @@ def test_readme_commands():
     assert sum('pip install' in b for b in blocks('bash')) == 2
 
 
-def test_readme_tables_are_the_benchmarks():
-    "The comparison in the README is what `benchmarks/features.py` wrote."
-    features = (ROOT/'benchmarks'/'results'/'features.md').read_text()
-    written = [line for line in features.splitlines() if line.startswith('|')]
-    assert len(written) > 20 and set(written) <= set((ROOT/'README.md').read_text().splitlines())
+def test_tables_of_the_documentation_are_the_benchmarks():
+    "What the page `compared` shows is what the benchmarks wrote."
+    nb = pytest.importorskip('fastcore.nbio').read_nb(ROOT/'nbs'/'compared.ipynb')
+    outputs = [o for c in nb.cells for o in c.get('outputs', [])]
+    shown = '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs).splitlines()
+    for name in 'features', 'init_cost', 'reach':
+        text = (ROOT/'benchmarks'/'results'/f'{name}.md').read_text()
+        written = [line for line in text.splitlines() if line.startswith('|')]
+        assert len(written) > 20 and set(written) <= set(shown), f'{name}: run nbs/compared.ipynb again'
+
+
+def test_figures_of_the_readme_are_the_benchmarks():
+    "The README quotes the reach, and the passes of the other packages for a ResNet-50."
+    text = ' '.join((ROOT/'README.md').read_text().split())
+
+    def rows(name, after=''):
+        "The cells of the first table below a title."
+        text = (ROOT/'benchmarks'/'results'/f'{name}.md').read_text()
+        text = text[text.index(after):]
+        table = text[text.index('|'):].split('\n\n')[0]
+        return [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
+
+    head,_,*begun = rows('init_cost', '**Forward passes begun**')
+    lsuv,anyinit = (head.index(next(c for c in head if c.startswith(n))) for n in ('lsuv 0', 'anyinit'))
+    resnet = next(r for r in begun if r[0] == 'ResNet-50')
+    assert f'{resnet[lsuv]} and {resnet[anyinit]} passes for a ResNet-50' in text
+    assert {r[head.index('lsuv_init')] for r in begun} == {'2'}, "LSUV takes two passes"
+    ours = next(r for r in rows('reach') if 'fastai_lsuv' in r[0])
+    reached,of,share = re.match(r'(\d+) of (\d+) (.*)', ours[1]).groups()
+    networks = re.search(r'of (\d+)', ours[2])[1]
+    assert f'On the {networks} networks of the test suite' in text and f'{reached} of {of} layers {share}' in text
+
+
+def test_readme_is_short():
+    lines = (ROOT/'README.md').read_text().splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
 
 
 def test_links_of_the_repository(docs):
@@ -137,7 +168,8 @@ def test_workflows_parse():
 # --- notebooks
 
 def test_all_pages_are_there():
-    names = {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'init', 'callback', 'report'}
+    names = {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'compared'}
+    names |= {'init', 'callback', 'report'}
     assert names <= {p.stem for p in NOTEBOOKS}
 
 
