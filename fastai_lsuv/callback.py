@@ -127,7 +127,7 @@ class LSUVCallback(CallbackOnNewWeights):
 
     def _say_now(self):
         "Log what was done in a fit without a log, such as that of `lr_find`."
-        self._say(f"{self.unsaid}. This was done before an earlier fit, which had no log (`lr_find`, say).")
+        self._say(f"{self.unsaid}. This was done before an earlier fit without a log, such as `lr_find`.")
         if self.learn.logger is not noop: self.unsaid = ''
 
     def _say(self, line: str):

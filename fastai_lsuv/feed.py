@@ -85,7 +85,8 @@ class Feed:
         if b is None and not self.one and (again := iter(self.batches)) is not self.batches:
             self.stream = again
             b = next(self.stream, None)
-        return None if b is self.drawn else b
+            if b is self.drawn: return None  # it holds no other
+        return b
 
     def _take(self, b: Any) -> None:
         "Make the model's inputs of what was drawn."
@@ -146,14 +147,14 @@ class Feed:
 
 def _check_list(tensors: list[Tensor]) -> None:
     "A list of tensors means several mini-batches. Raise, or warn, where it looks like one mini-batch with its target."
-    say = ("pass `n_inp`, how many come first that are inputs, for one mini-batch with its target; a tuple for one "
-           "mini-batch of several inputs")
+    say = ("for one mini-batch with its target, pass `n_inp`, the number of inputs; for one mini-batch of several "
+           "inputs, pass a tuple")
     if len({(t.dtype, t.dim()) for t in tensors}) > 1:
         held = ', '.join(f"{str(t.dtype)[6:]} {tuple(t.shape)}" for t in tensors[:4])
         raise ValueError(f"batches: got a list of tensors of several kinds ({held}); it takes a list of mini-batches, "
                          f"all alike; {say}")
     if len(tensors) == 2:
-        warnings.warn(f"batches: LSUV takes a list of 2 tensors as 2 mini-batches; {say}", stacklevel=5)
+        warnings.warn(f"batches: a list of 2 tensors is 2 mini-batches; {say}", stacklevel=5)
 
 
 def join(batches: list[Any]) -> Any:

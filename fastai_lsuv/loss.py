@@ -1,4 +1,4 @@
-"""The proof of the pudding: `LossCheck` takes the training loss before LSUV and after it.
+"""Whether the model is better or worse: `LossCheck` takes the training loss before LSUV and after it.
 
 Both are taken on one mini-batch, in training mode, with dropout on and the same random numbers. `failure` says whether
 the model came out far worse than it was, and far worse than one that predicts zeros."""
@@ -79,7 +79,7 @@ class LossCheck:
     def note(self) -> str:
         "What is to be said of the loss: why it was not taken, or that predicting zeros is much better."
         if self.error or self.pair is None: return self.error
-        return f"{self.constant:.2g} for predicting zeros" if 0 < 2*self.constant < self.after else ''
+        return f"predicting zeros gives {self.constant:.2g}" if 0 < 2*self.constant < self.after else ''
 
     @property
     def failure(self) -> str:
@@ -89,5 +89,5 @@ class LossCheck:
         # A ratio means nothing where a loss can be zero or negative, as that of a WGAN's critic.
         has_floor = min(self.before, reference, self.constant if isfinite(self.constant) else reference) > 0
         if isfinite(self.after) and (not has_floor or self.after <= _FAR*reference): return ''
-        zeros = f", and {self.constant:.3g} for predicting zeros" if isfinite(self.constant) else ''
-        return f"the training loss came out at {self.after:.3g}, against {self.before:.3g} before{zeros}"
+        zeros = f", and predicting zeros gives {self.constant:.3g}" if isfinite(self.constant) else ''
+        return f"the training loss is {self.after:.3g} after LSUV; it was {self.before:.3g} before{zeros}"

@@ -39,8 +39,8 @@ class Options:
         _check_preinit(self.preinit)
         _check_number('target_mean', self.target_mean, 'a finite number')
         if self.target_mean and not any('mean' in words for words in loops):
-            warnings.warn(f"target_mean: got {self.target_mean!r} with order={self.order!r}, which has no mean loop "
-                          "and does not aim at it; add 'mean' to the order", stacklevel=5)
+            warnings.warn(f"target_mean: got {self.target_mean!r}, but order={self.order!r} has no mean loop, so "
+                          "target_mean has no effect; add 'mean' to the order", stacklevel=5)
         takes = 'a positive number, or a function (name, module) -> positive number'
         if not callable(self.target_std): _check_number('target_std', self.target_std, takes, above=0)
         _check_number('tol', self.tol, 'a positive number', above=0)

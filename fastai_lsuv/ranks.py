@@ -70,7 +70,7 @@ def in_step(f: Callable[[], T]) -> T:
     except BaseException as e: error = e
     failed = any_rank(error is not None)
     if error is not None: raise error
-    if failed: raise RuntimeError("LSUV stopped: another rank failed, see what it says")
+    if failed: raise RuntimeError("LSUV stopped because another rank failed; see the error of that rank")
     return out
 
 

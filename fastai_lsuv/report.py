@@ -55,7 +55,7 @@ class LSUVReport:
         row = next((r for r in self.rows if r.name == i), None)
         if row is not None: return row
         names = ', '.join(r.name for r in self.rows[:8]) + (', ...' if len(self) > 8 else '')
-        raise KeyError(f"{i!r} is no unit of this report; its units are {names}")
+        raise KeyError(f"{i!r} is no layer of this report; its layers are {names}")
 
     @property
     def ok(self) -> bool:
@@ -90,8 +90,8 @@ class LSUVReport:
                       "should not have std 1, give them another `target_std`, or keep the result with `force=True`")
         gains = [f'{r.name or "(model)"} by {r.gain:.2g}' for r in self.large_gains]
         if gains:
-            large = (f"LSUV scaled some weights by a lot: {some_names(gains)}. Check that the mini-batch is scaled as "
-                     "your data is")
+            large = (f"LSUV scaled some weights by a lot: {some_names(gains)}. Check that the mini-batch is "
+                     "normalized as it is in training")
         return '. '.join(s for s in (undone, self.left_alone, large) if s)
 
     @property

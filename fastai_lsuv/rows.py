@@ -7,18 +7,18 @@ __all__ = ['Row', 'STATUSES', 'DONE', 'counted', 'number', 'span', 'some_names']
 
 STATUSES = {
     'ok': "the last pass measured it at its target",
-    'no bias': "std at its target; no bias that could move the mean there",
-    'off': "still out of tolerance after the last pass",
-    'frozen': "its weight does not require grad, or holds what was loaded or trained before",
-    'tied': "its weight is another module's too",
+    'no bias': "its std is at the target; it has no bias to move the mean",
+    'off': "its mean or std was still off its target after the last pass",
+    'frozen': "its weight does not require grad, or was loaded or trained before",
+    'tied': "another module uses its weight too",
     'constant': "its output does not vary: it is fed zeros, or zero-initialized",
     'unresponsive': "scaling its weight does not scale its output; the weight was put back",
-    'alike': "the samples are too much alike, or too small for a norm layer's eps; it was not corrected from them",
-    'outlier': "one sample of the mini-batch sets its std; it was not corrected from that",
-    'faint': "a norm layer's eps leaves next to nothing of its input; it was not corrected from that",
+    'alike': "the samples hardly differ, or less than a norm layer's eps; the layer was not corrected from them",
+    'outlier': "one sample alone sets its std; the layer was not corrected from it",
+    'faint': "a norm layer's eps leaves next to nothing of its input; the layer was not corrected from that",
     'not called': "the model did not call it; its weight is as it was",
     'non-finite': "its output holds NaNs or infinities",
-    'undone': "the weights were put back",
+    'undone': "its old weights were put back, as the training loss came out far worse",
 }
 DONE = ('ok', 'no bias')
 

@@ -77,7 +77,7 @@ def test_what_a_batch_norm_leaves_of_samples_that_are_alike_is_not_scaled_up(noi
 
 
 def test_alike_samples_are_named_in_the_warning():
-    says = r'did not normalize 2 of 3 layers. alike \(the samples are too much alike.*\): 3, 6'
+    says = r'did not normalize 2 of 3 layers. alike \(the samples hardly differ.*\): 3, 6'
     with pytest.warns(UserWarning, match=says):
         lsuv_init(normed(), torch.randn(1, 16).repeat(64, 1))
 
@@ -218,7 +218,7 @@ def test_a_model_that_comes_out_far_worse_is_put_back():
     x,y = data()
     net = plain()
     was = weights(net)
-    with pytest.warns(UserWarning, match='LSUV put the weights back: the training loss came out at .*force=True'):
+    with pytest.warns(UserWarning, match='LSUV put the weights back: the training loss is .*force=True'):
         report = lsuv_init(net, x, loss=lambda model: (model(x) - 0.01*y[:, None]).square().mean())
     assert same(weights(net), was) and set(statuses(report)) == {'undone'} and not report.ok
     assert report.loss[1] > 5*report.loss[0]
@@ -254,7 +254,7 @@ def test_the_callback_puts_a_worse_model_back_in_one_line(force):
     was = weights(learn.model)
     report = learn.lsuv_init()
     assert same(weights(learn.model), was) == (not force) and len(said(learn)) == 1
-    assert ('LSUV put the weights back: the training loss came out at' in said(learn)[0]) == (not force)
+    assert ('LSUV put the weights back: the training loss is' in said(learn)[0]) == (not force)
     assert {r.status for r in report} == ({'ok'} if force else {'undone'})
 
 
@@ -319,4 +319,4 @@ def test_a_loss_that_is_a_difference_is_not_judged():
 def test_predicting_zeros_is_named_where_it_is_much_better():
     x = torch.randn(256, 16)
     report = quietly(plain(), x, loss=lambda model: (model(x) - 1e-3).square().mean(), force=True)
-    assert '1e-06 for predicting zeros' in report.summary
+    assert 'predicting zeros gives 1e-06' in report.summary

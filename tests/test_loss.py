@@ -39,7 +39,7 @@ def test_a_loss_that_is_far_worse(before, constant, after, fails):
     check.before,check.constant,check.after = before,constant,after
     assert bool(check.failure) == fails
     if not fails: return
-    assert check.failure.startswith(f'the training loss came out at {after:.3g}, against {before:.3g} before')
+    assert check.failure.startswith(f'the training loss is {after:.3g} after LSUV; it was {before:.3g} before')
     assert ('predicting zeros' in check.failure) == math.isfinite(constant)
 
 

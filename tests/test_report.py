@@ -41,7 +41,7 @@ def test_rows_of_a_real_report():
     assert r[0].shape == (16, 8, 6, 6) and r[0].passes == 1 and r[0].status == 'ok' and r.ok and r.left_alone == ''
     assert r.pairs == [(x.mean, x.std) for x in r] and all(abs(m) < 1e-3 and abs(s - 1) < 1e-3 for m, s in r.pairs)
     assert all(abs(x.std_before - 1) > 0.1 for x in r) and r.order == 'std mean' and r.n_passes == 3
-    with pytest.raises(KeyError, match="'head' is no unit of this report; its units are 0, 3"):
+    with pytest.raises(KeyError, match="'head' is no layer of this report; its layers are 0, 3"):
         r['head']
     with pytest.raises(IndexError):
         r[2]

@@ -222,7 +222,7 @@ def test_a_list_of_unlike_tensors_says_what_is_meant():
 
 
 def test_two_tensors_alike_are_two_mini_batches_and_a_warning_says_so():
-    with pytest.warns(UserWarning, match='takes a list of 2 tensors as 2 mini-batches; pass `n_inp`'):
+    with pytest.warns(UserWarning, match='a list of 2 tensors is 2 mini-batches; .* pass `n_inp`'):
         lsuv_init(nn.Linear(16, 4), list(torch.randn(2, 64, 16)))
 
 

@@ -181,7 +181,7 @@ def learned(m):
 
 
 def test_a_pretrained_model_in_a_plain_learner():
-    left(learner(model=cnn().apply(learned), cbs=LSUVCallback()), "it comes trained, as its norm layer '1' shows")
+    left(learner(model=cnn().apply(learned), cbs=LSUVCallback()), "it comes trained: its norm layer '1' has learned")
     initialized(learner(model=cnn().apply(learned), cbs=LSUVCallback(force=True)))
 
 
@@ -197,7 +197,7 @@ def test_a_pretrained_model_whose_norms_have_no_bias():
     def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 32), nn.RMSNorm(32), nn.ReLU(), nn.Linear(32, 4))
     model = mlp()
     nn.init.normal_(model[2].weight, 1., 0.1)
-    left(learner(model=model, cbs=LSUVCallback()), "it comes trained, as its norm layer '2' shows")
+    left(learner(model=model, cbs=LSUVCallback()), "it comes trained: its norm layer '2' has learned")
     initialized(learner(model=mlp(), cbs=LSUVCallback()))
 
 
@@ -263,8 +263,8 @@ def test_lr_find_leaves_the_lsuv_network(here, opt_func):
     learn.lines.clear()
     w = weights(learn.model)
     assert same(after_lsuv(learn), w)
-    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit, which had no log '
-                           '(`lr_find`, say).']
+    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit without a log, '
+                           'such as `lr_find`.']
     left(learn, 'it was initialized before an earlier fit')
 
 
