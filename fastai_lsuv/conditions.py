@@ -155,6 +155,14 @@ _HANDLERS: dict[Callable, Callable] = {
 }
 
 
+_NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
+
+
+def _in_transform() -> bool:
+    "Whether a transform of `torch.func` runs, in which no number can be looked at."
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class _Functions(TorchFunctionMode):
     "Hands the functions of `_HANDLERS` to their handlers. The mode is off while a handler runs."
     def __init__(self, watch: NormWatch):
@@ -163,6 +171,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handle = _HANDLERS.get(func)
+        if handle is not None and func in _NORMS and _in_transform(): handle = None
         if handle is None: return func(*args, **kwargs) if kwargs else func(*args)
         return handle(self.watch, *args, **(kwargs or {}))
 

@@ -6,7 +6,7 @@ input, what follows sees next to nothing, until training makes it large. `doubt`
 from __future__ import annotations
 
 from enum import Enum
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class Doubt(str, Enum):
 def doubt(
     m: Moments,  # Of the unit's output
     needed: float,  # Factor that brings the std to its target
-    size: Callable[[], float] = lambda: 1.  # Size of the weight, which is 1 of an orthonormal one
+    size: Callable[[], float] = lambda: 1.,  # Size of the weight, which is 1 of an orthonormal one
+    x: Tensor | None = None  # The output itself, if it is at hand
 ) -> str:  # A value of `Doubt`, or ""
     "Whether moments are no ground to correct a unit from, and why."
     e = m.evidence
@@ -58,6 +59,7 @@ def doubt(
     if needed <= _MOST_GAIN: return ''
     few = m.features < _FEW_FEATURES
     if e.spread < ALIKE_SPREAD or e.alike and (few or needed > _MOST_GAIN_ALIKE): return Doubt.ALIKE.value
+    if not e.alike and x is not None and _all_the_same(x): return Doubt.ALIKE.value
     faint = e.normed and needed > _MOST_GAIN_NORMED and needed*size() > _MOST_GAIN_NORMED
     return Doubt.FAINT.value if faint else ''
 
@@ -74,11 +76,16 @@ def mean_tolerance(evidence: Evidence, batch_tol: float) -> float:
     return max(batch_tol, _ERRORS/evidence.samples**0.5)
 
 
-def samples_alike(batch) -> bool:
-    "Whether the samples of a mini-batch, of two at least, are alike in every tensor that has a dimension of samples."
+def samples_alike(
+    batch: Any  # A tensor, or nested ones; the first tells how many samples there are
+) -> bool:
+    "Whether the samples, of two at least, are alike in every tensor that has as many."
     leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() and _is_plain(t)]
-    n = max(map(len, leaves), default=0)
+    n = len(leaves[0]) if leaves else 0
     return n > 1 and all(_alike(t) for t in leaves if len(t) == n)
+
+
+def _all_the_same(t: Tensor) -> bool: return t.dim() > 0 and len(t) > 1 and bool((t == t[:1]).all())
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -87,7 +94,7 @@ def _is_plain(t: Tensor) -> bool:
 
 def _alike(t: Tensor) -> bool:
     t = t.detach().as_subclass(Tensor)
-    if not t.is_floating_point(): return bool((t == t[:1]).all())
+    if not t.is_floating_point(): return _all_the_same(t)
     t = t.reshape(len(t), -1).float()
     t = t - t.mean()
     total = (torch.linalg.vector_norm(t)**2/t.numel()).item()

@@ -63,9 +63,13 @@ class Feed:
 
     def next(self) -> bool:
         "Move on to a fresh mini-batch, or stay with the last one. Returns whether there is a fresh one."
-        b,self.joined = in_step(self._fresh),1
-        if b is not None: in_step(lambda: self._take(b))
-        return any_rank(b is not None)
+        def advance():
+            b = self._fresh()
+            if b is not None: self._take(b)
+            return b is not None
+
+        self.joined = 1
+        return any_rank(in_step(advance))
 
     def gather(self) -> bool:
         "Join fresh mini-batches to the present one, as many as it holds. Returns whether there are any."
@@ -73,8 +77,8 @@ class Feed:
         for _ in range(held):
             any_fresh = self.next() or any_fresh
             if self.batch is not parts[-1]: parts.append(self.batch)
-        if any_fresh and (joined := join(parts)) is not None:
-            self.batch,self.joined = joined,held + len(parts) - 1
+        joined = join(parts)
+        if any_fresh and not any_rank(joined is None): self.batch,self.joined = joined,2*held
         return any_fresh
 
     def _fresh(self) -> Any:
@@ -164,7 +168,10 @@ def join(batches: list[Any]) -> Any:
     columns = list(zip(*leaves))
 
     def joins(column):
-        return all(isinstance(t, Tensor) and t.dim() and t.shape[1:] == column[0].shape[1:] for t in column)
+        first = column[0]
+        return all(isinstance(t, Tensor) and t.dim() and (t.dtype, t.shape[1:]) == (first.dtype, first.shape[1:])
+                   for t in column)
 
     if any(s != specs[0] for s in specs) or not all(map(joins, columns)): return None
+    if any(len({len(t) for t in of_one}) > 1 for of_one in leaves): return None  # not all of them hold samples
     return tree_unflatten([torch.cat(column) for column in columns], specs[0])

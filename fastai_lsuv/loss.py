@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from .generators import Generators
 from .ranks import any_rank, mean_of_ranks
+from .solvers import cloned
 
 __all__ = ['LossCheck']
 
@@ -28,7 +29,8 @@ class LossCheck:
         loss: Callable[[Callable], Any] | None  # As in `lsuv_init`
     ):
         self.model,self.loss = model,loss
-        self.before = self.after = self.constant = float('nan')
+        self.before = self.after = float('nan')
+        self.constant = self.negated = float('nan')  # Of predicting zeros, and of the output times -1
         self.error = ''  # Why the loss cannot be taken
         self.out: Any = None  # Of the model
         self.model_error: Exception | None = None
@@ -43,9 +45,14 @@ class LossCheck:
         "Take the loss of the model as it is, and that of predicting zeros."
         self.before = self._take(self._run)
         if self.error: return
-        zeros = tree_map(lambda o: torch.zeros_like(o) if isinstance(o, Tensor) else o, self.out)
-        self.constant = self._take(lambda *args, **kwargs: zeros)
-        self.out,self.error = None,''  # not every loss is defined for zeros
+        self.constant,self.negated = self._of(torch.zeros_like),self._of(torch.neg)
+        self.out = None
+
+    def _of(self, change: Callable[[Tensor], Tensor]) -> float:
+        "The loss of the output, changed; NaN where it is not defined."
+        out = tree_map(lambda o: change(o) if isinstance(o, Tensor) and o.is_floating_point() else o, self.out)
+        loss,self.error = self._take(lambda *args, **kwargs: out),''
+        return loss
 
     def take_after(self) -> None:
         "Take the loss of the model as LSUV has made it. One that cannot be taken any more counts as NaN."
@@ -55,6 +62,7 @@ class LossCheck:
 
     def _run(self, *args, **kwargs) -> Any:
         "The model, which leaves its output behind, and any error of its own."
+        args,kwargs = cloned((args, kwargs))  # the model may write to its input
         try: self.out = self.model(*args, **kwargs)
         except Exception as e:
             self.model_error = e
@@ -86,8 +94,8 @@ class LossCheck:
         "What the loss says against the model as it is now, in words; \"\" if it does not."
         if self.pair is None or not isfinite(self.before): return ''
         reference = max(self.before, self.constant) if isfinite(self.constant) else self.before
-        # A ratio means nothing where a loss can be zero or negative, as that of a WGAN's critic.
-        has_floor = min(self.before, reference, self.constant if isfinite(self.constant) else reference) > 0
+        # A loss that is negative for some output has no floor, and a ratio means nothing: that of a WGAN's critic, say.
+        has_floor = not any(v < 0 for v in (self.before, self.constant, self.negated))
         if isfinite(self.after) and (not has_floor or self.after <= _FAR*reference): return ''
         zeros = f", and predicting zeros gives {self.constant:.3g}" if isfinite(self.constant) else ''
         return f"the training loss is {self.after:.3g} after LSUV; it was {self.before:.3g} before{zeros}"

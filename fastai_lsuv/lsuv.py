@@ -16,12 +16,13 @@ from torch.nn.parameter import is_lazy
 
 from .evidence import Doubt
 from .feed import Feed
+from .generators import Generators
 from .loss import LossCheck
 from .moments import Moments
 from .options import Options
 from .passes import Passes
 from .preinit import preinitialize
-from .ranks import from_rank_0, several_ranks
+from .ranks import from_rank_0, in_step, several_ranks
 from .report import LSUVReport, Row
 from .selection import find_units, measurable
 from .state import Copies, preserved
@@ -71,11 +72,11 @@ def lsuv_init(
     that carries the std. One warning names the layers that were not normalized, and those whose weights were scaled by
     a lot; the report gives the reason for each. Under `torch.distributed` the statistics are pooled over all ranks.
 
-    With `loss`, the training loss is taken before and after, dropout on. If it comes out non-finite, or five times that
-    of before and of predicting zeros, the weights are put back, and the warning says so.
+    With `loss`, the training loss is taken before and after, dropout on. If it was finite and comes out non-finite, or
+    five times that of before and of predicting zeros, the weights are put back, and the warning says so.
 
     Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything at all is raised
-    later, weights and all else are put back."""
+    later, weights and all else are put back. With several ranks, call it on every one of them."""
     if loss is not None and not callable(loss):
         raise TypeError(f"loss: got {loss!r}; it takes a function of the model that gives its training loss: "
                         "lambda model: F.cross_entropy(model(x), y)")
@@ -103,17 +104,19 @@ def initialize(
     "`lsuv_init` without its warning."
     model = plain(model)
     with Feed(model, batches, n_inp, get_input) as feed:
-        units = find_units(model, options.modules)
+        units = in_step(lambda: find_units(model, options.modules))
+        in_step(lambda: [setattr(u, 'target', options.target(u)) for u in units])
         for u in units:
-            u.target = options.target(u)
             if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
         start = partial(preinitialize, preinit=options.preinit) if options.preinit is not None else None
         passes,check = Passes(model, units, watch, start),LossCheck(model, loss)
         before,undone = {},''
         try:
-            with _as_on_rank_0(model), _preserved(model, units):
+            with _as_on_rank_0(model), _preserved(model, units) as kept:
+                passes.rewind = kept.rewind
                 if options.baseline or loss is not None: before = _look(passes, feed, check)
                 n = _run(passes, feed, options.max_iter)
+                kept.rewind()
                 check.take_after()
                 undone = check.failure
                 if undone and not force: raise _Undone
@@ -125,7 +128,8 @@ def initialize(
             rows = [_row(u, before) for u in _in_order(passes)]
             undone = ''
         n_passes = n + bool(before) + (check.pair is not None)
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.note)
+        note = check.failure if force else check.note
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note or check.note)
 
 
 def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[float, float]]:
@@ -154,9 +158,16 @@ def _run(passes: Passes, feed: Feed, max_iter: int) -> int:
 
 def _preserved(model: nn.Module, units: list[Unit]):
     "Keep everything but the units' weights and biases as it was."
-    owned = [p for u in units for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer)]
+    def parameters(u): return [p for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer)]
+
+    def changed(p):
+        if not written: written.update(id(p) for u in units if u.written for p in parameters(u))
+        return id(p) in written
+
+    written: set[int] = set()
     held = [r for u in units for r in u.refs if r.has_setter]
-    return preserved(model, owned, held, computed=[u.layer for u in units if not u.left_alone])
+    computed = [u.layer for u in units if not u.left_alone]
+    return preserved(model, [p for u in units for p in parameters(u)], held, computed, changed)
 
 
 @contextmanager
@@ -192,7 +203,7 @@ def layer_stats(
         units = measurable(model, modules)
         for u in units: u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
         passes = Passes(model, units)
-        with preserved(model, ()): passes(feed.batch, correct=False)
+        with preserved(model), Generators().again(): passes(feed.batch, correct=False)
         return LSUVReport([_row(u, {}) for u in _in_order(passes)], n_passes=1)
 
 

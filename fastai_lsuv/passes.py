@@ -15,7 +15,7 @@ from torch import nn
 from .conditions import NormWatch, measuring
 from .evidence import samples_alike
 from .moments import first_tensor
-from .solvers import BetweenPasses, biases, choose_solver, measure
+from .solvers import BetweenPasses, biases, choose_solver, cloned, measure
 from .units import Observation, Unit
 
 __all__ = ['Passes', 'arguments', 'call']
@@ -35,6 +35,8 @@ class Passes:
         self.owners: dict[Any, Unit] = {}  # Of each weight and bias, the unit that ran first
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
         self.norms,self.alike = NormWatch(),False
+        self.begun = False  # Whether the model has run
+        self.rewind: Callable[[], object] = lambda: None  # Puts back the state that a pass leaves behind
 
     @torch.no_grad()
     def __call__(self,
@@ -44,9 +46,11 @@ class Passes:
     ) -> bool:  # Whether any unit was changed
         for u in self.units: u.begin(fresh)
         self.correct,self.ran = correct,0
+        if self.begun: self.rewind()  # state that a pass leaves behind is not that which training begins with
+        self.begun = True
         self.norms.reset()
         if fresh: self.alike = samples_alike(batch)
-        with self.hooked(), measuring(self.model, self.norms), _eager(): call(self.model, batch)
+        with self.hooked(), measuring(self.model, self.norms), _eager(): call(self.model, cloned(batch))
         self._forget_stale()
         if correct: self._correct_between()
         for u in self.units: u.end()
@@ -54,6 +58,8 @@ class Passes:
 
     def _forget_stale(self) -> None:
         "What earlier passes saw of a unit counts no more once a unit that runs before it has changed."
+        changed = any(u.changed for u in self.units)
+        for u in self.units: u.stale = u.seen is None and (u.stale or changed)
         changed = False
         for u in self.order:
             if changed: u.history = []
@@ -66,11 +72,11 @@ class Passes:
         if not any([self.between[u].after_pass() for u in repeated]): return
         for u in self.units: u.history,u.comparable = [],False
 
-    def look(self, run: Callable[[], Any]) -> Any:
-        "Measure the units while `run()` runs the model as it is, and return what `run` returns."
+    def look(self, run: Callable[[], Any]) -> None:
+        "Measure the units while `run()` runs the model as it is."
         for u in self.units: u.begin()
-        self.correct,self.ran = False,0
-        with self.hooked(), _eager(): return run()
+        self.correct,self.ran,self.begun = False,0,True
+        with self.hooked(), _eager(): run()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -118,7 +124,7 @@ class Passes:
         told = self.norms.spread,self.norms.normed,self.alike
         u.seen.moments.append(measure(u, x, u.seen.by_channel, *told))
         if not (may_change and u.due()): return None
-        u.reason = u.doubts(u.seen.moments[-1])
+        u.reason = u.doubts(u.seen.moments[-1], x)
         return solver.observe(out) if not u.reason else None
 
 

@@ -22,7 +22,7 @@ from .ranks import pool_ranks
 from .units import Unit
 from .weights import WeightRef, is_layer
 
-__all__ = ['ClosedForm', 'RunAgain', 'BetweenPasses', 'choose_solver', 'measure', 'biases']
+__all__ = ['ClosedForm', 'RunAgain', 'BetweenPasses', 'choose_solver', 'measure', 'biases', 'cloned']
 
 # A closed-form step costs nothing. A step of any other unit costs a run of the unit (the paper stops at 10 too).
 _MAX_STEPS,_MAX_RUNS = 100,10
@@ -66,7 +66,7 @@ def _version(t: Tensor) -> Any:
     return object() if t.is_inference() else t._version
 
 
-def _cloned(inputs: Any) -> Any:
+def cloned(inputs: Any) -> Any:
     "Nested `inputs` with each tensor copied."
     return tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, inputs)
 
@@ -81,13 +81,13 @@ class RunAgain:
         self.copies = not is_layer(unit.module) or bool(unit.module._forward_pre_hooks)
 
     def keep_input(self, args: tuple, kwargs: dict) -> None:
-        self.given = _cloned((args, kwargs)) if self.copies else (args, kwargs)
+        self.given = cloned((args, kwargs)) if self.copies else (args, kwargs)
 
     def clear(self) -> None: self.given = None
 
     def run(self) -> Any:
         "What the unit puts out for the input it was given."
-        args,kwargs = _cloned(self.given) if self.copies else self.given
+        args,kwargs = cloned(self.given) if self.copies else self.given
         self.running = True
         try: return self.unit.module(*args, **kwargs)
         finally: self.running = False

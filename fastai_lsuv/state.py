@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from typing import Any, Iterable, Iterator, Protocol
+from typing import Any, Callable, Iterable, Iterator, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from .items import Item, TensorItem, memory, same_tensor
 from .restore import RestoreError, put_back, survey
 
-__all__ = ['Copies', 'RestoreError', 'Snapshot', 'Value', 'memory', 'preserved']
+__all__ = ['Copies', 'RestoreError', 'Snapshot', 'Value', 'memory', 'Preserved', 'preserved']
 
 _SMALL = 2**16  # Parameters of no more elements are copied without asking what they are for
 
@@ -140,33 +140,61 @@ def _may_be_written(m: nn.Module, p: nn.Parameter) -> bool:
     return getattr(m, 'max_norm', None) is not None or p.numel() <= _SMALL
 
 
+class Preserved:
+    "What must stay as it was while the weights and biases of some units change."
+    def __init__(self,
+        model: nn.Module,
+        owned: Iterable[nn.Parameter],  # Weights and biases, which may change
+        held: Iterable[Value],  # Values that may change, too
+        computed: Iterable[nn.Module]  # A `weight` that a hook computes on these stays that of the last forward
+    ):
+        named = list(model.named_modules())
+        self.held,self.computed = list(held),list(computed)
+        self.params = _Parameters(named, owned)
+        self.rest = Snapshot([m for _, m in named], self.params.memory, names=[n for n, _ in named]).items
+        self.values = _values(self.held)
+        for g in self.params.grads: g.of.grad = None
+
+    def rewind(self, and_then: Iterable[Item] = ()) -> None:
+        "Put back all but what may change, so that the next pass begins as the first did."
+        weights = [(m, vars(m)['weight']) for m in self.computed if 'weight' in vars(m)]
+        # Attributes may overwrite the values. So the values are read now, and written after the attributes.
+        put_back([*self.params.others, *self.rest, *_values(self.held), *and_then])
+        for m, w in weights: vars(m)['weight'] = w
+
+    def finish(self, changed: Callable[[nn.Parameter], bool]) -> None:
+        "Put back all but the weights and biases that have `changed`, and warn of what cannot be put back."
+        unchanged = [i for i in self.params.owned if not changed(i.of)]
+        self.rewind([*unchanged, *self.params.grads])
+        if written := [g.where for g in self.params.large if not g.same()]:
+            warnings.warn(f"the forward pass writes to these parameters, which are not put back: {', '.join(written)}")
+
+    def roll_back(self, error: BaseException) -> None:
+        "Put back everything, weights first. What cannot be put back is noted on `error`."
+        p = self.params
+        put_back([*p.owned, *p.others, *self.rest, *self.values, *p.grads, *p.large], beside=error)
+
+
 @contextmanager
 def preserved(
     model: nn.Module,
-    owned: Iterable[nn.Parameter],  # Weights and biases, which may change
-    held: Iterable[Value] = (),  # Values that may change, too
-    computed: Iterable[nn.Module] = ()  # A `weight` that a hook computes on these stays that of the last forward
-) -> Iterator[None]:
+    owned: Iterable[nn.Parameter] = (),
+    held: Iterable[Value] = (),
+    computed: Iterable[nn.Module] = (),  # These as in `Preserved`
+    changed: Callable[[nn.Parameter], bool] = lambda p: True  # Which of `owned` are to stay changed
+) -> Iterator[Preserved]:
     """Leave everything but `owned` and `held` as it was: module modes, buffers, hidden state and other attributes, and
     the gradients, to which a model may add by a `backward` of its own.
 
     If anything is raised inside, Ctrl-C included, these are put back too, weights first. What cannot be put back is
     named in a `RestoreError`, or in a note to what was raised. A large parameter that is not owned is not copied; if
-    it is written, a warning names it."""
-    named,held = list(model.named_modules()),list(held)
-    params = _Parameters(named, owned)
-    rest = Snapshot([m for _, m in named], params.memory, names=[n for n, _ in named]).items
-    values = _values(held)
+    it is written, a warning names it. Writes through `.data` to such a parameter go unnoticed."""
+    kept = Preserved(model, owned, held, computed)
     try:
-        for g in params.grads: g.of.grad = None
-        yield
-        weights = [(m, vars(m)['weight']) for m in computed if 'weight' in vars(m)]
-        put_back([*params.others, *rest, *_values(held), *params.grads])  # attributes first: values may live there
-        for m, w in weights: vars(m)['weight'] = w
-        if (written := [g.where for g in params.large if not g.same()]):
-            warnings.warn(f"the forward pass writes to these parameters, which are not put back: {', '.join(written)}")
+        yield kept
+        kept.finish(changed)
     except BaseException as e:
-        put_back([*params.owned, *params.others, *rest, *values, *params.grads, *params.large], beside=e)
+        kept.roll_back(e)
         raise
 
 

@@ -117,6 +117,7 @@ class Unit:
         self.passes = 0  # That changed the weight or the bias
         self.gain = 1.  # Factor of the weight since its start
         self.started = self.changed = self.written = False
+        self.stale = False  # Other units have changed since it last ran
         self.reason = ''  # "unresponsive", "tied", "non-finite", or a `Doubt`
         self.immovable = False  # The bias does not move the mean
 
@@ -178,11 +179,15 @@ class Unit:
         m = self.latest.pooled
         return m if len(self.history) < _RECENT - 1 or self.met(m) else self.recent()
 
-    def doubts(self, m: Moments) -> str:
+    def doubts(self,
+        m: Moments,
+        x: Tensor | None = None  # The output that they are of, if it is at hand
+    ) -> str:
         "Why the unit is not to be corrected from these moments, or \"\"."
         _,std = m.stats(self.target.per_channel)
         needed = float(np.median(self.target.std/std[std > 0])) if np.any(std > 0) else 1.
-        return doubt(m, needed if self.target.scales else 1., self.weights[0].size if self.weights else lambda: 1.)
+        size = self.weights[0].size if self.weights else lambda: 1.
+        return doubt(m, needed if self.target.scales else 1., size, x)
 
     def scaled(self, by: np.ndarray | float) -> None:
         "Note that the weight was multiplied by `by`."
@@ -208,6 +213,7 @@ class Unit:
         if not varies(m): return Status.CONSTANT
         why = self.left_alone or (self.reason if self.reason == 'tied' else '') or doubt(m, 1.)
         if why: return Status(why)
+        if self.stale: return Status.OFF
         if not self.met(m): return Status(self.reason) if self.reason in ('unresponsive', *Doubt) else Status.OFF
         mean,_ = m.stats(self.target.per_channel)
         off = (abs(mean - self.target.mean) > self.target.batch_tol*self.target.std).any()

@@ -29,9 +29,9 @@ nan,inf = math.nan,math.inf
     (-1., nan, 100., False),  # a loss that may be negative has no zero to compare with
     (-1., 2., 100., False),
     (-1., nan, nan, True),
-    (0., nan, 100., False),
+    (0., nan, 100., True),
     (1., -3., 5.1, False),  # nor has one that is negative for zeros
-    (1., 0., 5.1, False),  # as that of a WGAN's critic is
+    (1., 0., 5.1, True),  # zeros may be the best prediction
     (1., nan, -100., False),
 ])
 def test_a_loss_that_is_far_worse(before, constant, after, fails):

@@ -129,8 +129,8 @@ def test_options_hold_what_was_given_and_no_more():
 def test_a_target_mean_without_a_mean_loop_warns(order):
     with pytest.warns(UserWarning) as said:
         assert lsuv_init(nn.Linear(4, 8), X, order=order, target_mean=0.5)[0].status == 'ok'
-    assert [str(w.message) for w in said] == [f"target_mean: got 0.5, but order={order!r} has no mean loop, so target_mean "
-                                              "has no effect; add 'mean' to the order"]
+    assert [str(w.message) for w in said] == [f"target_mean: got 0.5, but order={order!r} has no mean loop, so "
+                                              "target_mean has no effect; add 'mean' to the order"]
 
 
 @pytest.mark.parametrize('options', [

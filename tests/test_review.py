@@ -11,7 +11,7 @@ from learners import learner
 from networks import Mod
 from torch import nn
 
-from fastai_lsuv import LSUVCallback, lsuv_init
+from fastai_lsuv import LSUVCallback, layer_stats, lsuv_init
 from fastai_lsuv.evidence import doubt
 from fastai_lsuv.feed import Feed
 from fastai_lsuv.moments import channel_moments, whole_moments
@@ -296,3 +296,119 @@ def test_a_bias_that_does_not_move_the_mean_is_tried_once():
     report = quietly(net, (torch.randn(64, 16) for _ in range(20)), modules=['block', 'head'], batch_tol=0.02)
     assert report['block'].status in ('no bias', 'off') and report.n_passes > 2
     assert len(runs)/report.n_passes < 8  # 10 and more where each pass tries the bias again
+
+
+# --- found by a reviewer of the new core
+
+def test_a_model_may_write_to_its_input():
+    class Normalizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
+        def forward(self, x):
+            x -= 5.
+            x /= 2.
+            return self.net(x)
+
+    x,net = torch.randn(64, 20)*2 + 5,Normalizes()
+    was = x.clone()
+    report = lsuv_init(net, x, loss=lambda model: model(x).square().mean() + 1)
+    assert report.ok and report.n_passes == 4 and torch.equal(x, was)
+    assert [s for _, s in layer_stats(net, x).pairs] == pytest.approx([1, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize('times', [1, 3])
+def test_each_pass_begins_with_the_state_that_training_begins_with(times):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.h = nn.Linear(20, 20),None
+        def forward(self, x):
+            self.h = x if self.h is None else 0.5*self.h.detach() + x
+            return self.lin(self.h)
+
+    net,x = nn.Sequential(Remembers(), nn.ReLU(), nn.Linear(20, 4)),torch.randn(64, 20)
+    report = lsuv_init(net, x, baseline=times > 1)
+    for now, said in zip(layer_stats(net, x).pairs, report.pairs): assert now == pytest.approx(said, abs=1e-6)
+    assert net[0].h is None
+
+
+def test_a_frozen_weight_that_the_forward_moves_is_put_back():
+    class Momentum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q,self.k = nn.Linear(20, 64),nn.Linear(20, 64).requires_grad_(False)
+        def forward(self, x):
+            q = self.q(x)
+            with torch.no_grad():
+                for a, b in zip(self.q.parameters(), self.k.parameters()): b.data = b.data*.9 + a.data*.1
+                return q @ self.k(x).T
+
+    net = Momentum()
+    was = [p.clone() for p in net.k.parameters()]
+    assert quietly(net, torch.randn(64, 20))['k'].status == 'frozen'
+    assert all(map(torch.equal, net.k.parameters(), was))
+
+
+@pytest.mark.parametrize('norm', [nn.LayerNorm(16), nn.GroupNorm(2, 16)])
+def test_a_norm_layer_inside_a_transform_of_torch_func(norm):
+    def forward(self, x): return torch.func.vmap(lambda row: self.norm(row[None])[0])(self.lin(x))
+
+    assert lsuv_init(Mod(forward, lin=nn.Linear(20, 16), norm=norm), torch.randn(64, 20)).ok
+
+
+def test_zeros_may_be_the_best_prediction():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(16, 64),nn.Linear(64, 10)
+        def forward(self, x): return self.b(F.relu(self.a(x)))**6*100
+
+    net,x = Grows(),torch.randn(64, 16)
+    report = quietly(net, x, loss=lambda model: model(x).square().mean())
+    assert {r.status for r in report} == {'undone'}
+    kept = quietly(net, x, loss=lambda model: model(x).square().mean(), force=True)
+    assert 'the training loss is' in kept.summary and kept.ok
+
+
+def test_a_layer_that_puts_out_the_same_for_each_sample_is_not_scaled_up():
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    nn.init.zeros_(net[0].weight)
+    report = quietly(net, torch.randn(64, 16))
+    assert {r.status for r in report} == {'alike'} and {r.gain for r in report} == {1.}
+
+
+def test_the_first_tensor_tells_the_samples():
+    def forward(self, x, table): return self.b(F.relu(self.a(x))) + table[:10]
+
+    net = Mod(forward, a=nn.Linear(16, 100), b=nn.Linear(100, 10))
+    assert lsuv_init(net, (torch.randn(64, 16)*.01, torch.zeros(100))).ok
+
+
+def test_what_ran_before_its_input_changed_is_not_called_ok():
+    class Routes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t,self.b,self.c = nn.Linear(16, 64),nn.Linear(64, 64),nn.Linear(64, 8)
+        def forward(self, x, flag):
+            h = self.t(x)
+            if flag: self.b(h)
+            return self.c(F.relu(h))
+
+    batches = [(torch.randn(64, 16), 1), *[(torch.randn(64, 16)*3, 0) for _ in range(5)]]
+    assert [(r.name, r.status) for r in quietly(Routes(), batches)] == [('t', 'ok'), ('b', 'off'), ('c', 'ok')]
+
+
+def test_inputs_without_samples_are_not_joined():
+    def forward(self, x, pos): return self.lin(x) + pos
+
+    net,pos = Mod(forward, lin=nn.Linear(16, 10)),torch.randn(10)
+    alike = [(torch.randn(1, 16).repeat(8, 1), pos) for _ in range(3)]
+    assert [r.shape for r in quietly(net, alike)] == [(8, 10)]
+
+
+def test_layer_stats_of_a_model_that_samples_leaves_the_generator_alone():
+    net = Mod(lambda self, x: self.lin(x + torch.randn_like(x)), lin=nn.Linear(16, 8))
+    was = torch.get_rng_state()
+    layer_stats(net, torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), was)
