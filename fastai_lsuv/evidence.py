@@ -85,7 +85,10 @@ def samples_alike(
     return n > 1 and all(_alike(t) for t in leaves if len(t) == n)
 
 
-def _all_the_same(t: Tensor) -> bool: return t.dim() > 0 and len(t) > 1 and bool((t == t[:1]).all())
+def _all_the_same(t: Tensor) -> bool:
+    "Whether all samples are equal. The first two tell most that are not."
+    if t.dim() == 0 or len(t) < 2 or not torch.equal(t[0], t[1]): return False
+    return bool((t == t[:1]).all())
 
 
 def _is_plain(t: Tensor) -> bool:
