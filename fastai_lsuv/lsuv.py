@@ -121,7 +121,9 @@ def initialize(
                 undone = check.failure
                 if undone and not force: raise _Undone
         except _Undone as e:
-            if notes := getattr(e, '__notes__', []): raise RuntimeError('; '.join(notes)) from None
+            # What could not be put back is a note, or the context on a Python without notes.
+            failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]
+            if failed: raise RuntimeError('; '.join(failed)) from None
             rows = [_row(u, before, undone=True) for u in _in_order(passes)]
         else:
             for u in units: u.finish()
