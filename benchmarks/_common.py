@@ -115,6 +115,8 @@ def without_dropout(model):
             m.dropout = 0.
         if any(s in type(m).__name__ for s in ('Drop', 'Stochastic')):
             m.training = False
+        if hasattr(m, 'drop_rate'):
+            m.drop_rate = 0.  # timm's models hand it to `F.dropout`
 
 
 @torch.no_grad()

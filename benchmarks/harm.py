@@ -9,10 +9,10 @@ vocabulary, and half from anywhere. The loss is the cross-entropy of a fixed ran
 first output. The model is in training mode, with dropout off. A readout of outputs with std 1 costs about a third
 more than predicting zeros.
 
-A case is a violation if the loss comes out twice as high as before and as that of predicting zeros, or non-finite,
-and the report says nothing that it does not say of good data: no status other than "ok" and "no bias", and no large
-gain. A layer is kept back in vain if the report calls it "alike" or "outlier", and the same run without such doubts
-does no harm and brings it within a factor of 2 of std 1 on real data."""
+A case is a violation if the loss comes out twice as high as before and as that of predicting zeros, or non-finite, and
+the report says nothing that it does not say of good data: no status other than "ok" and "no bias", no large gain, and
+nothing unusual about the mini-batch. A layer is kept back in vain if the report calls it "alike" or "outlier", and the
+same run without such doubts does no harm and brings it within a factor of 2 of std 1 on real data."""
 import csv
 import math
 import statistics
@@ -223,9 +223,10 @@ def without_doubts():
 
 
 def said(report):
-    "What the report says of the layers: statuses, and large gains to a power of ten."
+    "What the report says: statuses, large gains to a power of ten, and what is unusual about the mini-batch."
     gains = [f'{r.name or "model"} by 1e{round(math.log10(r.gain)):+d}' for r in report.large_gains]
-    return [f'{r.name or "model"}: {r.status}' for r in report if r.status not in DONE] + gains
+    statuses = [f'{r.name or "model"}: {r.status}' for r in report if r.status not in DONE]
+    return statuses + gains + [f'mini-batch: {report.unusual}']*bool(report.unusual)
 
 
 class Subject:

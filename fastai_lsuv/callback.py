@@ -19,11 +19,12 @@ from .batches import model_inputs, no_trace
 from .lsuv import initialize
 from .options import Options, check_whole
 from .ranks import any_rank, in_step
-from .report import LSUVReport
+from .report import LSUVReport, NoReport
 from .trained import EARLIER, CallbackOnNewWeights, begins_a_fit, parameters
 
 __all__ = ['LSUVCallback']
 
+_NOT_YET = "LSUV has not run: it runs when the first fit begins. `learn.lsuv_init()` runs it now."
 _NO_BATCH = "the training DataLoader yields no mini-batch, or callbacks cancel them all"
 _LONG = 3.  # Seconds after which a pass shows a progress bar
 
@@ -31,12 +32,13 @@ _LONG = 3.  # Seconds after which a pass shows a progress bar
 class LSUVCallback(CallbackOnNewWeights):
     """Normalize the model's layers by LSUV before its first fit, on fresh mini-batches of the training DataLoader.
 
-    It is `learn.lsuv`, and what it did `learn.lsuv.report`. It runs once, and leaves weights alone that mean something:
-    those frozen now or when the callback was attached, the body of a Learner made with `pretrained=True`, what was
-    loaded since the callback was attached, and all of a model that has been trained. It says so in one line;
-    `force=True`, `reset()` and `learn.lsuv_init()` do it anyway (frozen weights must be unfrozen). Attach it when the
-    Learner is made: weights that were loaded before are told from others by what their norm layers have learned; those
-    of a model without any look like new.
+    It is `learn.lsuv`. `learn.lsuv.report` tells what it did, or that it has not run.
+
+    It runs once. It leaves weights alone that are not new: those frozen now or when the callback was attached, the body
+    of a Learner made with `pretrained=True`, what was loaded since the callback was attached, and all of a model that
+    has been trained. It says so in one line. `force=True`, `reset()` and `learn.lsuv_init()` initialize them anyway
+    (frozen weights must be unfrozen). Attach it when the Learner is made: it tells weights that were loaded before from
+    new ones only by what their norm layers have learned.
 
     Nothing else of the run is disturbed: random numbers, batches, optimizer, buffers and the state of other callbacks
     are as they would have been; if anything fails, weights too. Raises `TypeError` or `ValueError`, naming the
@@ -69,7 +71,7 @@ class LSUVCallback(CallbackOnNewWeights):
         self.options = dict(vars(Options.of(locals())))
         check_whole('min_samples', min_samples)
         self.min_samples,self.every_fit,self.force = min_samples,every_fit,force
-        self.report: LSUVReport | None = None
+        self.report: LSUVReport | NoReport = NoReport(_NOT_YET)
         self.unsaid = ''
         super().__init__()
 
@@ -82,10 +84,10 @@ class LSUVCallback(CallbackOnNewWeights):
         if any_rank(bool(why)):
             if why == EARLIER and self.unsaid: return self._say_now()
             why = why or "another rank leaves it as it is"
-            return self._say(f"LSUV left the model as it is: {why}. `learn.lsuv_init()` initializes it anyway.")
+            return self._left(f"{why}. `learn.lsuv_init()` initializes it anyway")
         cbs = list(self.learn.cbs.sorted('order'))
         report = self.run_now(anyway=self.every_fit or self.force or self.anyway, begun=cbs[:cbs.index(self)])
-        if report is None: self._say(f"LSUV left the model as it is: {_NO_BATCH}.")
+        if report is None: self._left(_NO_BATCH)
 
     def run_now(self,
         anyway: bool = True,  # Whether weights that were loaded or pretrained are initialized too
@@ -129,6 +131,12 @@ class LSUVCallback(CallbackOnNewWeights):
         "Log what was done in a fit without a log, such as that of `lr_find`."
         self._say(f"{self.unsaid}. This was done before an earlier fit without a log, such as `lr_find`.")
         if self.learn.logger is not noop: self.unsaid = ''
+
+    def _left(self, why: str):
+        "Log that the model is as it was. The report says so, too, if there is none."
+        line = f"LSUV left the model as it is: {why}."
+        if not self.report: self.report = NoReport(line)
+        self._say(line)
 
     def _say(self, line: str):
         "Log a line, once for all ranks."

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .moments import Evidence, Moments
+from .moments import Evidence, Moments, whole_moments
 
-__all__ = ['Doubt', 'doubt', 'varies', 'mean_tolerance', 'samples_alike', 'ALIKE_SPREAD', 'ALIKE_SHARE']
+__all__ = ['Doubt', 'doubt', 'varies', 'mean_tolerance', 'samples_alike', 'unusual', 'ALIKE_SPREAD', 'ALIKE_SHARE']
 
 # What is left of a float32 activation that does not vary, relative to its magnitude.
 _NOISE = 1e-6
@@ -34,6 +34,8 @@ _MOST_GAIN_ALIKE = 8.
 # and that a unit needs behind a norm layer, from an orthonormal weight. Of 1,370 units of the networks in the tests,
 # all but one need at most 21. A mean over 32x32 positions may need 32.
 _MOST_GAIN_NORMED = 100.
+# The std of an input that training normalizes, or leaves between 0 and 1, lies between these.
+_LEAST_STD,_MOST_STD = 0.03,30.
 # A mean may be this many standard errors off. The error assumes that the elements of a sample are all the same.
 _ERRORS = 3.
 
@@ -83,6 +85,22 @@ def samples_alike(
     leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() and _is_plain(t)]
     n = len(leaves[0]) if leaves else 0
     return n > 1 and all(_alike(t) for t in leaves if len(t) == n)
+
+
+def unusual(
+    batch: Any  # A tensor, or nested ones; the first one of floats with two or more dimensions tells the scale
+) -> str:  # Such as "its samples are alike", or ""
+    "What sets a mini-batch apart from those that networks train on, in words."
+    leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() and _is_plain(t)]
+    says = ['it holds 1 sample'] if leaves and len(leaves[0]) == 1 else []
+    if samples_alike(batch): says.append("its samples are alike")
+    x = next((t for t in leaves if t.is_floating_point() and t.dim() > 1), None)
+    if x is not None:
+        m = whole_moments(x)
+        std = float(m.stats()[1])
+        if doubt(m, 1.) == Doubt.OUTLIER.value: says.append("one sample alone sets its std")
+        if not _LEAST_STD <= std <= _MOST_STD: says.append(f"its std is {std:.2g}")
+    return ' and '.join(says)
 
 
 def _all_the_same(t: Tensor) -> bool:

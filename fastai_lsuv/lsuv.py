@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .evidence import Doubt
+from .evidence import Doubt, unusual
 from .feed import Feed
 from .generators import Generators
 from .loss import LossCheck
@@ -131,7 +131,7 @@ def initialize(
             undone = ''
         n_passes = n + bool(before) + (check.pair is not None)
         note = check.failure if force else check.note
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note or check.note)
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note or check.note, unusual(feed.batch))
 
 
 def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[float, float]]:

@@ -1,19 +1,19 @@
 """What was done to every layer: `LSUVReport`, a `Row` a unit, with its tables and its plot.
 
-pandas and matplotlib are imported when they are used."""
+`NoReport` stands where there is none yet. pandas and matplotlib are imported when they are used."""
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
 from html import escape
-from typing import TYPE_CHECKING, Any, Iterator, overload
+from typing import TYPE_CHECKING, Any, Iterator, NoReturn, overload
 
 from .rows import DONE, STATUSES, Row, counted, number, some_names
 from .tables import Table, has_baseline
 
 if TYPE_CHECKING: import pandas as pd
 
-__all__ = ['LSUVReport', 'Row', 'STATUSES']
+__all__ = ['LSUVReport', 'NoReport', 'Row', 'STATUSES']
 
 _LARGE_GAIN = 30.  # A weight that was scaled by more, or by less than its inverse, is named
 
@@ -36,10 +36,11 @@ class LSUVReport:
         n_passes: int = 1,  # Full forward passes it took
         loss: tuple[float, float] | None = None,  # Training loss before and after, if it was taken
         undone: str = '',  # Why the weights were put back; "" if they were not
-        loss_note: str = ''  # What is to be said of the loss, or why it was not taken
+        loss_note: str = '',  # What is to be said of the loss, or why it was not taken
+        unusual: str = ''  # What sets the last mini-batch apart from those that networks train on
     ):
         self.rows,self.order,self.n_passes = tuple(rows),order,n_passes
-        self.loss,self.undone,self.loss_note = loss,undone,loss_note
+        self.loss,self.undone,self.loss_note,self.unusual = loss,undone,loss_note,unusual
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
@@ -84,7 +85,7 @@ class LSUVReport:
     @property
     def warning(self) -> str:
         "All that a user should look at, in a few sentences; \"\" if there is nothing."
-        undone = large = ''
+        undone = large = unusual = ''
         if self.undone:
             undone = (f"LSUV put the weights back: {self.undone}. Use `modules` to leave out layers whose outputs "
                       "should not have std 1, give them another `target_std`, or keep the result with `force=True`")
@@ -92,7 +93,9 @@ class LSUVReport:
         if gains:
             large = (f"LSUV scaled some weights by a lot: {some_names(gains)}. Check that the mini-batch is "
                      "normalized as it is in training")
-        return '. '.join(s for s in (undone, self.left_alone, large) if s)
+        if self.unusual:
+            unusual = f"The mini-batch is unusual: {self.unusual}. LSUV needs one like those that the model trains on"
+        return '. '.join(s for s in (undone, self.left_alone, large, unusual) if s)
 
     @property
     def summary(self) -> str:
@@ -127,3 +130,24 @@ class LSUVReport:
         "Std and mean of each unit that ran, in order of execution, after and (with `baseline`) before."
         from .plots import plot_rows
         return plot_rows(self.rows, bool(self.order), axs, figsize)
+
+
+class NoReport:
+    """Stands for the report where LSUV has not run, and says why and what to do.
+
+    It is false and empty. Anything that a report is asked for raises `AttributeError` with the same words."""
+    def __init__(self,
+        why: str  # In sentences
+    ):
+        self.why = why
+
+    def __bool__(self) -> bool: return False
+    def __len__(self) -> int: return 0
+    def __iter__(self) -> Iterator[Row]: return iter(())
+    def __repr__(self) -> str: return self.why
+    def _repr_html_(self) -> str: return f'<p>{escape(self.why)}</p>'
+    def __getitem__(self, i: Any) -> NoReturn: raise KeyError(self.why)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        why = '' if name.startswith('_') or name == 'why' else f". {self.why}"
+        raise AttributeError(f"there is no report yet, and no {name!r}{why}", name=name, obj=self)

@@ -72,7 +72,7 @@ def test_no_batch():
     w = weights(learn.model)
     with pytest.raises(ValueError, match='yields no mini-batch'):
         learn.lsuv_init()
-    assert same(weights(learn.model), w) and learn.lsuv.report is None
+    assert same(weights(learn.model), w) and not learn.lsuv.report
 
 
 def test_a_stream_that_does_not_begin_again():
@@ -235,7 +235,7 @@ def test_where_nothing_is_trained_nothing_is_initialized(event, error):
     learn = learner(cbs=[LSUVCallback(), Cancels(event, error)])
     w = weights(learn.model)
     learn.fit(1)
-    assert same(weights(learn.model), w) and learn.lsuv.report is None
+    assert same(weights(learn.model), w) and not learn.lsuv.report
     assert said(learn) == ['LSUV left the model as it is: the training DataLoader yields no mini-batch, or callbacks '
                            'cancel them all.']
     with pytest.raises(ValueError, match='yields no mini-batch'):
@@ -590,7 +590,7 @@ def test_a_failure_anywhere_leaves_everything_as_it_was():
         with pytest.raises(type(trap.error)):
             learn.fit(1)
         assert changed(before.of[0], everything(learn, but=notes(learn)), but=()) == [], (came_by[at], at)
-        assert learn.lsuv.report is None and said(learn) == []
+        assert not learn.lsuv.report and said(learn) == []
         trap.point = None
         learn.fit(1)
         assert learn.lsuv.report and same(weights(learn.model), clean), (came_by[at], at)

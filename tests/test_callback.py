@@ -1,5 +1,6 @@
 "`LSUVCallback` and `Learner.lsuv_init`: options, Learners, the callbacks beside it, the log and the progress bar."
 import math
+import pickle
 from copy import deepcopy
 
 import matplotlib
@@ -328,3 +329,29 @@ def test_what_was_left_alone_is_said():
     learn.model[3].requires_grad_(False)
     learn.fit(1)
     assert len(said(learn)) == 1 and "frozen" in said(learn)[0] and said(learn)[0].endswith(': 3')
+
+
+def test_the_report_before_a_fit_says_what_to_do():
+    learn = learner(cbs=LSUVCallback())
+    report = learn.lsuv.report
+    words = 'LSUV has not run: it runs when the first fit begins. `learn.lsuv_init()` runs it now.'
+    assert not report and len(report) == 0 and list(report) == []
+    assert repr(report) == str(report) == words and f'<p>{words}</p>' == report._repr_html_()
+    for ask in (lambda r: r.plot(), lambda r: r.df(), lambda r: r.ok, lambda r: r.pairs):
+        with pytest.raises(AttributeError, match='there is no report yet.*has not run.*`learn.lsuv_init'): ask(report)
+    with pytest.raises(KeyError, match='has not run'): report[0]
+    assert repr(deepcopy(report)) == repr(pickle.loads(pickle.dumps(report))) == words
+    learn.fit(1)
+    assert learn.lsuv.report.ok
+
+
+def test_the_report_says_why_the_model_was_left_as_it_is():
+    learn = learner()
+    learn.fit(1)
+    learn.add_cb(LSUVCallback())
+    learn.fit(1)
+    assert repr(learn.lsuv.report) == said(learn)[-1]
+    assert 'left the model as it is: it has been trained' in repr(learn.lsuv.report)
+    report = learn.lsuv_init()
+    learn.fit(1)
+    assert learn.lsuv.report is report

@@ -1,11 +1,12 @@
 "Whether statistics mean anything, from what they rest on."
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from fastai_lsuv.evidence import ALIKE_SPREAD, Doubt, doubt, mean_tolerance, samples_alike, varies
+from fastai_lsuv.evidence import ALIKE_SPREAD, Doubt, doubt, mean_tolerance, samples_alike, unusual, varies
 from fastai_lsuv.moments import Evidence, Moments, channel_moments, whole_moments
 
 
@@ -143,3 +144,35 @@ def test_what_varies_beside_what_it_is_part_of():
 ])
 def test_a_mean_may_be_off_by_what_its_sampling_error_allows(samples, batch_tol, tolerance):
     assert mean_tolerance(Evidence(samples), batch_tol) == pytest.approx(tolerance)
+
+
+# --- what sets a mini-batch apart
+
+def spoiled(x, at, value):
+    x[at] = value
+    return x
+
+
+@pytest.mark.parametrize('batch, says', [
+    (torch.randn(16, 3, 8, 8), ''),
+    (torch.rand(16, 3, 8, 8), ''),  # an image that is not normalized by its statistics
+    (5 + torch.randn(16, 10), ''),
+    (torch.randint(9, (16, 10)), ''),  # token ids
+    (torch.randn(16), ''),  # times, say
+    ((torch.randint(9, (16, 10)), 1e4*torch.rand(16)), ''),
+    (torch.randn(1, 3, 8, 8), "it holds 1 sample"),
+    (torch.randint(9, (1, 10)), "it holds 1 sample"),
+    (torch.randn(1, 10).repeat(16, 1), "its samples are alike"),
+    (torch.randn(1, 10) + 0.1*torch.randn(16, 10), "its samples are alike"),
+    (torch.randint(9, (1, 10)).repeat(16, 1), "its samples are alike"),
+    (spoiled(torch.randn(16, 10), slice(1, None), 0.), "one sample alone sets its std"),
+    (spoiled(torch.randn(16, 10), 0, torch.linspace(-29, 29, 10)), "one sample alone sets its std"),
+    (1e-4*torch.randn(16, 100), r"its std is (0.0001|0.000099?|9.\de-05)"),
+    (torch.randint(256, (16, 3, 8, 8)).float(), "its std is 7."),
+    ({'ids': torch.randint(9, (16, 10)), 'x': 1e3*torch.ones(16, 10)}, "its std is 0"),
+    (torch.zeros(16, 10), "its samples are alike and its std is 0"),
+    ((), ''),
+    ('text', ''),
+])
+def test_what_sets_a_mini_batch_apart(batch, says):
+    assert re.fullmatch(says, unusual(batch))

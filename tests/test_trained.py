@@ -89,7 +89,7 @@ def test_a_callback_for_each_fit():
     learn.fit_one_cycle(1, cbs=first)
     assert first.report.ok and not hasattr(learn, 'lsuv')
     left(learn, 'it was initialized before an earlier fit', lambda cb: learn.fit_one_cycle(1, cbs=[second, cb]))
-    assert second.report is None
+    assert not second.report and repr(second.report) == said(learn)[-1]
     initialized(learn, lambda cb: learn.fit(1, cbs=[LSUVCallback(every_fit=True), cb]))
 
 
@@ -146,7 +146,7 @@ def test_a_look_at_the_model_is_no_fit(look, how):
         look(learn)
         assert same(weights(learn.model), was) and learn.lsuv.report is report
     looks()
-    assert learn.lsuv.report is None
+    assert not learn.lsuv.report
     learn.create_opt()
     looks()
     initialized(learn)
@@ -479,7 +479,7 @@ def test_load_learner(here):
         new.dls,new.lines = loaders(),[]
         new.logger = new.lines.append
         left(new, 'it comes from a file')
-        assert (new.lsuv.report is None) == (file == 'before.pkl')
+        assert (not new.lsuv.report) == (file == 'before.pkl')
         new.lsuv.reset()
         initialized(new)
 
