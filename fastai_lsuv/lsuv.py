@@ -233,12 +233,15 @@ def _in_order(passes: Passes) -> list[Unit]:
 def _row(u: Unit, before: dict[Unit, tuple[float, float]], undone: bool = False) -> Row:
     status,was = u.verdict(),before.get(u, (None, None))
     mean = std = float('nan')
-    if u.latest is not None: mean,std = _pair(u.judged(), u.target.per_channel)
+    mean_range = None
+    if u.latest is not None:
+        m = u.judged()
+        (mean, std),mean_range = _pair(m, u.target.per_channel),u.target.mean_range(m)
     shape,passes,gain = u.latest.shape if u.latest is not None else (), u.passes, u.gain
     if undone and u.written:
         status,passes,gain = Status.UNDONE,0,1.
         mean,std = was if was[0] is not None else (float('nan'), float('nan'))
-    return Row(u.name, u.kind, shape, mean, std, *was, passes, status.value, gain)
+    return Row(u.name, u.kind, shape, mean, std, *was, passes, status.value, gain, mean_range, u.target.std_range())
 
 
 def _pair(m: Moments, per_channel: bool) -> tuple[float, float]:

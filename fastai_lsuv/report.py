@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict
 from html import escape
-from typing import TYPE_CHECKING, Any, Iterator, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Iterator, NewType, NoReturn, overload
 
 from .rows import DONE, STATUSES, Row, counted, number, some_names
 from .tables import Table, has_baseline
 
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING: from pandas import DataFrame
+else: DataFrame = NewType('DataFrame', object)  # what reads annotations does not need pandas
 
 __all__ = ['LSUVReport', 'NoReport', 'Row', 'STATUSES']
 
@@ -111,7 +112,7 @@ class LSUVReport:
         return (f"LSUV {self.order!r}: {done} of {counted(len(self), 'layer')} at the target {target}{rest}, "
                 f"{counted(self.n_passes, 'forward pass', 'forward passes')}{loss}")
 
-    def df(self) -> pd.DataFrame:  # A row a unit, in order of execution
+    def df(self) -> DataFrame:  # A row a unit, in order of execution
         "A DataFrame: a row a unit, the fields of `Row` as columns, those of the baseline only if it was measured."
         import pandas as pd
         df = pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
@@ -125,9 +126,12 @@ class LSUVReport:
 
     def plot(self,
         axs: Any = None,  # Two matplotlib axes, for std and mean; new ones by default
-        figsize: tuple[float, float] = (9, 4.5)  # Of the new figure, in inches
+        figsize: tuple[float, float] | None = None  # Of the new figure, in inches; default: by the number of layers
     ) -> Any:  # The two axes
-        "Std and mean of each unit that ran, in order of execution, after and (with `baseline`) before."
+        """Plot std and mean of each layer that ran, after and (with `baseline`) before, with their targets.
+
+        Layers are rows, the first on top. A green band shows what counts as at the target. A layer that was not
+        normalized has a cross, and its status beside it. Of more than 50 layers, some are named."""
         from .plots import plot_rows
         return plot_rows(self.rows, bool(self.order), axs, figsize)
 

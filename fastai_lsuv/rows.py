@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ['Row', 'STATUSES', 'DONE', 'counted', 'number', 'span', 'some_names']
+__all__ = ['Row', 'STATUSES', 'DONE', 'counted', 'number', 'span', 'some_names', 'shortened']
 
 STATUSES = {
     'ok': "the last pass measured it at its target",
@@ -36,6 +36,8 @@ class Row:
     passes: int  # Passes that changed its weight or bias, by giving it its start or by correcting it
     status: str  # A key of `STATUSES`
     gain: float = 1.  # Factor that its weight was scaled by, from the start that it was given
+    mean_range: tuple[float, float] | None = None  # Where its mean counts as at the target; `None` if it had no target
+    std_range: tuple[float, float] | None = None  # The same of its std
 
 
 def counted(n: int, one: str, many: str = '') -> str: return f'{n} {one if n == 1 else many or one + "s"}'
@@ -55,3 +57,8 @@ def span(vs: list[float]) -> str:
 
 def some_names(names: list[str], most: int = 5) -> str:
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def shortened(name: str, most: int) -> str:
+    "A name of at most so many characters. The front of a longer one is cut."
+    return name if len(name) <= most else '…' + name[1 - most:]

@@ -73,6 +73,15 @@ class Target:
         off = abs(std[std > 0]/self.std - 1)
         return off.size > 0 and bool(off.mean() <= self.batch_tol and off.max() <= _ONE_CHANNEL*self.batch_tol)
 
+    def std_range(self) -> tuple[float, float] | None:
+        "Where a std counts as at the target; `None` if no loop aims at it."
+        return ((1 - self.batch_tol)*self.std, (1 + self.batch_tol)*self.std) if self.scales else None
+
+    def mean_range(self, m: Moments) -> tuple[float, float] | None:
+        "Where a mean, of so many samples, counts as at the target; `None` if no loop has the last word on it."
+        reach = mean_tolerance(m.evidence, self.batch_tol)*self.std
+        return (self.mean - reach, self.mean + reach) if self.ends_with_mean else None
+
     def mean_met(self, m: Moments) -> bool:
         "Whether the mean is as close to its target as so many samples can tell."
         mean,_ = m.stats(self.per_channel)

@@ -6,7 +6,8 @@ from recording import convnet, deep, fit, learner
 from torch import nn
 
 from fastai_lsuv.recorder import ActivationStatsRecorder
-from fastai_lsuv.recorder.drawing import depth_colors, label_rows, outstanding
+from fastai_lsuv.plots import name_rows
+from fastai_lsuv.recorder.drawing import depth_colors, outstanding
 from fastai_lsuv.recorder.layers import label_of
 
 matplotlib.use('Agg')
@@ -140,7 +141,7 @@ def test_the_dead_chart_has_a_row_for_each_layer():
 def test_rows_that_matter_are_named_among_many():
     _, a = plt.subplots()
     a.set_ylim(300, 0)
-    label_rows(a, [f'layer {i}' for i in range(300)], np.array([117, 118, 250]))
+    name_rows(a, [f'layer {i}' for i in range(300)], np.array([117, 118, 250]), 32)
     named = texts(a.get_yticklabels())
     bold = [t.get_text() for t in a.get_yticklabels() if t.get_fontweight() == 'bold']
     assert bold == ['layer 117', 'layer 250']

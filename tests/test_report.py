@@ -1,7 +1,10 @@
 "The report: rows, tables, warning, plot."
+import inspect
 import math
+import typing
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, cnn
@@ -40,6 +43,8 @@ def test_rows_of_a_real_report():
     assert len(r) == 2 and [x.name for x in r] == ['0', '3'] and r[0] is r['0'] is r[-2] and r[1].kind == 'Linear'
     assert r[0].shape == (16, 8, 6, 6) and r[0].passes == 1 and r[0].status == 'ok' and r.ok and r.left_alone == ''
     assert r.pairs == [(x.mean, x.std) for x in r] and all(abs(m) < 1e-3 and abs(s - 1) < 1e-3 for m, s in r.pairs)
+    assert all(x.std_range == pytest.approx((0.9, 1.1)) for x in r)
+    assert r[0].mean_range == r[1].mean_range == pytest.approx((-0.75, 0.75))  # of 16 samples: 3/sqrt(16)
     assert all(abs(x.std_before - 1) > 0.1 for x in r) and r.order == 'std mean' and r.n_passes == 3
     with pytest.raises(KeyError, match="'head' is no layer of this report; its layers are 0, 3"):
         r['head']
@@ -148,13 +153,16 @@ def test_html_is_escaped_and_folded():
 
 def test_df():
     r = report('ok', 'frozen')
-    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'passes', 'status', 'gain']
+    assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'passes', 'status', 'gain',
+                                    'mean_range', 'std_range']
     assert len(r.df()) == 2 and r.df()['status'].tolist() == ['ok', 'frozen']
     r = report('ok', before=(0.5, 2.))
     assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'mean_before', 'std_before', 'passes',
-                                    'status', 'gain']
+                                    'status', 'gain', 'mean_range', 'std_range']
     assert r.df()['std_before'][0] == 2
     assert list(LSUVReport([]).df().columns)[:2] == ['name', 'kind']
+    assert inspect.signature(LSUVReport.df, eval_str=True).return_annotation.__name__ == 'DataFrame'
+    assert typing.get_type_hints(LSUVReport.df)['return'].__name__ == 'DataFrame'
 
 
 def test_baseline_columns_in_the_table():
@@ -168,25 +176,83 @@ def test_summary_of_layer_stats():
     lsuv_init(model, torch.randn(8, 3, 8, 8))
 
 
+def lines_of(ax):
+    return {line.get_label(): line for line in ax.get_lines()}
+
+
 @pytest.mark.usefixtures('axes')
-def test_plot():
+def test_plot_has_before_and_after_on_one_scale():
     statuses = ['ok', 'not called', 'off', 'no bias']
     rows = [row(k, s, mean=k/10, std=1 + k, before=(k, 100 + k)) for k, s in enumerate(statuses)]
-    r = LSUVReport(rows, order='std mean')
-    std, mean = axs = r.plot()
-    lines = {l.get_label(): l for l in std.get_lines()}
-    assert list(lines['before'].get_ydata()) == [100, 102, 103] and list(lines['after'].get_ydata()) == [1, 3, 4]
-    assert list(lines['not normalized'].get_xdata()) == [1] and list(lines['not normalized'].get_ydata()) == [3]
-    after = next(line for line in mean.get_lines() if line.get_label() == 'after')
-    assert list(after.get_ydata()) == [0, 0.2, pytest.approx(0.3)]
-    assert std.get_yscale() == 'log' and std.get_ylabel() == 'std' and mean.get_ylabel() == 'mean'
-    names = [t.get_text() for t in mean.get_xticklabels()]
-    assert names == ['blocks.0.conv', 'blocks.2.conv', 'blocks.3.conv']
-    again = report('ok').plot(axs=axs)
-    assert again is axs
-    assert report(*['ok']*300).plot()[1].get_xlabel() == 'layer, in order of execution'
-    plain = LSUVReport([row(0), row(1)]).plot()[0]
-    assert [l.get_label() for l in plain.get_lines()] == ['std'] and plain.get_yscale() == 'linear'
+    std, mean = LSUVReport(rows, order='std mean').plot()
+    lines = lines_of(std)
+    assert list(lines['before'].get_xdata()) == [100, 102, 103] and list(lines['after'].get_xdata()) == [1, 3, 4]
+    assert list(lines['not normalized'].get_ydata()) == [1] and list(lines['not normalized'].get_xdata()) == [3]
+    assert list(lines_of(mean)['after'].get_xdata()) == [0, 0.2, pytest.approx(0.3)]
+    assert std.get_xscale() == 'log' and std.get_xlabel() == 'std' and mean.get_xlabel() == 'mean'
+    names = [t.get_text() for t in std.get_yticklabels()]
+    assert names == [f'blocks.{k}.conv Conv2d' for k in (0, 2, 3)]
+    assert std.get_ylim() == (2.5, -0.5)  # the first layer is on top
+    assert [t.get_text() for t in mean.texts] == ['off'] and mean.texts[0].get_position()[1] == 1
+    legend = [t.get_text() for t in std.figure.legends[0].get_texts()]
+    assert legend == ['before', 'after', 'not normalized']
+
+
+@pytest.mark.usefixtures('axes')
+def test_plot_shows_the_target_and_what_counts_as_at_it():
+    ranges = dict(std_range=(0.9, 1.1), mean_range=(-0.2, 0.2))
+    rows = [row(0, std=0.99, **ranges), row(1, std=0.985, **{**ranges, 'std_range': (0.18, 0.22)})]
+    std, mean = LSUVReport(rows, order='std mean').plot()
+    target = lines_of(std)['target']
+    assert sorted({round(float(x), 9) for x in target.get_xdata()}) == [0.2, 1.]
+    assert set(lines_of(mean)['target'].get_xdata()) == {0.}
+    band = std.collections[0].get_paths()[0].vertices
+    assert {round(float(x), 2) for x, _ in band} == {0.9, 1.1, 0.18, 0.22}
+    low, high = std.get_xlim()
+    assert low == 0 and high >= 1.1 and mean.get_xlim() == (-1.1, 1.1)  # no zoom into 0.985 to 0.99
+    std, mean = LSUVReport([row(0, std_range=(0.9, 1.1))], order='std').plot()
+    assert 'target' in lines_of(std) and 'target' not in lines_of(mean)
+
+
+@pytest.mark.usefixtures('axes')
+def test_plot_of_what_no_axis_holds():
+    before = (900., 5e3)
+    rows = [row(0, std=1e-3, before=before), row(1, 'constant', std=0., before=(0., 0.)),
+            row(2, 'non-finite', mean=nan, std=nan, before=(nan, nan)),
+            row(3, 'non-finite', mean=-float('inf'), std=float('inf'))]
+    std, mean = LSUVReport(rows, order='std mean').plot()
+    low, high = std.get_xlim()
+    assert 0 < low < 1e-3 and 5e3 < high < 1e4 and mean.get_xscale() == 'symlog' and mean.get_xlim()[1] > 900
+    assert list(lines_of(std)['not normalized'].get_xdata()) == [low, high, high]
+    assert list(lines_of(mean)['not normalized'].get_xdata()) == [0, mean.get_xlim()[1], mean.get_xlim()[0]]
+    assert [t.get_text() for t in mean.texts] == ['constant', 'non-finite', 'non-finite']
+    assert len(LSUVReport([row(0, 'not called')], order='std mean').plot()) == 2
+
+
+@pytest.mark.usefixtures('axes')
+def test_plot_of_many_layers_names_some():
+    statuses = ['ok']*300
+    statuses[100], statuses[101], statuses[250] = 'off', 'off', 'tied'
+    std, mean = report(*statuses).plot()
+    ticks = list(std.get_yticks())
+    assert len(ticks) <= 50 and np.diff(ticks).min() >= 6 and {0, 100, 250} <= set(ticks)
+    bold = [t.get_text() for t in std.get_yticklabels() if t.get_fontweight() == 'bold']
+    assert bold == ['blocks.100.conv Conv2d', 'blocks.250.conv Conv2d']
+    assert [t.get_text() for t in mean.texts] == ['off', 'tied'] and std.figure.get_size_inches()[1] == 10
+    assert report(*['ok']*5).plot()[0].figure.get_size_inches()[1] < 3
+    long = report('ok', name='a'*50).plot()[0].get_yticklabels()[0].get_text()
+    assert long == '…' + 'a'*24 + ' Conv2d'
+
+
+@pytest.mark.usefixtures('axes')
+def test_plot_on_axes_of_the_user_and_of_layer_stats():
+    import matplotlib.pyplot as plt
+    axs = plt.subplots(2, 1)[1]
+    assert report('ok').plot(axs=axs) is axs and axs[0].get_legend() is not None
+    assert [t.get_text() for a in axs for t in a.get_yticklabels()] == ['blocks.0.conv Conv2d']*2
+    std, mean = LSUVReport([row(0), row(1, 'off')]).plot()
+    assert list(lines_of(std)) == ['as it is'] and not mean.texts and std.get_xscale() == 'linear'
+    assert report('ok').plot(figsize=(5, 3))[0].figure.get_size_inches().tolist() == [5, 3]
 
 
 def test_per_channel_rows_are_those_of_the_channels():

@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from ..rows import shortened
+
 __all__ = ['FEW', 'new_axes', 'grid_of', 'depth_colors', 'draw_lines', 'draw_target', 'draw_histograms', 'outstanding',
-           'color_bar_of_grid', 'color_bar_of_layers', 'label_rows', 'title_of', 'wants_log']
+           'color_bar_of_grid', 'color_bar_of_layers', 'title_of', 'wants_log']
 
 FEW = 12  # Up to so many layers get a legend
 _STYLES = '-', '--', '-.', ':'
 _MARKERS = 'o', 's', '^'  # One for each layer that stands out
 _NAMED_IN_BAR = 8  # Layers that a colour bar names
-_NAMED_ROWS = 32  # Rows of a chart that are named
 _LOG_ABOVE = 100.  # Positive values that differ by this factor get a logarithmic axis
 _FAR = 4.  # A layer stands out where it is so many typical distances from the median
 _TARGETS = {'mean': 0., 'std': 1.}
@@ -130,7 +131,7 @@ def draw_histograms(
     image = ax.imshow(counts, origin='lower', aspect='auto', cmap='viridis', vmin=0, extent=(*steps, lo, hi))
     if small:
         ax.set(xticks=[], yticks=[])
-        label = label if len(label) <= 26 else '…' + label[-25:]
+        label = shortened(label, 26)
     elif lo < 0 < hi:
         ax.set_yticks([lo, 0, hi])
     ax.set_title(label, fontsize='x-small' if small else 'medium', pad=2 if small else None)
@@ -156,20 +157,3 @@ def color_bar_of_layers(axs: np.ndarray, labels: list[str], colors: np.ndarray):
     bar.ax.set_yticks(ticks, [labels[t] for t in ticks], fontsize='small')
     bar.ax.minorticks_off()
     bar.ax.invert_yaxis()
-
-
-def label_rows(
-    ax: Any,
-    labels: list[str],  # Of all rows
-    first: np.ndarray  # Rows that are named in any case, in bold, as far as there is room
-):
-    "Name the rows of a chart, or some where they are many."
-    n = len(labels)
-    gap = -(-n//_NAMED_ROWS)
-    bold = [int(i) for k, i in enumerate(first) if k == 0 or i - first[k-1] >= gap or gap == 1]
-    rest = [t for t in range(0, n, gap) if gap == 1 or all(abs(t - b) >= gap for b in bold)]
-    ticks = sorted({*bold, *rest})
-    ax.set_yticks(ticks, [labels[t] for t in ticks], fontsize='small' if n <= FEW else 'x-small')
-    for tick, text in zip(ticks, ax.get_yticklabels()):
-        if tick in bold:
-            text.set_fontweight('bold')

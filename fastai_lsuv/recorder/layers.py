@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..rows import shortened
 from ..selection import select_modules
 
 __all__ = ['RecordedLayer', 'Bound', 'find_layers', 'label_of']
@@ -89,9 +90,7 @@ def label_of(
     widths = [w for m in module.modules() if (w := _channels(m)) is not None]
     rest = type(module).__name__ + (f' {widths[0][0]}>{widths[-1][1]}' if widths else '')
     room = max(_LONGEST_LABEL - len(rest) - 1, 8)
-    if len(name) > room:
-        name = '…' + name[1-room:]
-    return f'{name} {rest}'.strip()
+    return f'{shortened(name, room)} {rest}'.strip()
 
 
 def _channels(m: nn.Module) -> tuple[int, int] | None:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from ..plots import name_rows
 from .drawing import (FEW, color_bar_of_grid, color_bar_of_layers, depth_colors, draw_histograms, draw_lines,
-                               draw_target, grid_of, label_rows, new_axes, outstanding, title_of, wants_log)
+                               draw_target, grid_of, new_axes, outstanding, title_of, wants_log)
 from .records import GRAD_COLUMNS, RecordStore
 
 __all__ = ['StatsPlots']
 
+_NAMED_ROWS = 32  # Rows of `dead_chart` that are named
 _DEAD = 0.9  # Rows of `dead_chart` above this share are always named
 
 
@@ -121,7 +123,7 @@ class StatsPlots:
         image = a.imshow(values, aspect='auto', cmap='magma', vmin=0, vmax=1, interpolation='nearest',
                          extent=(steps[0]-0.5, steps[-1]+0.5, n-0.5, -0.5))
         dead = [layer.can_die for layer in self._store.layers] & (np.nan_to_num(values[:, -1]) >= _DEAD)
-        label_rows(a, labels, np.flatnonzero(dead))
+        name_rows(a, labels, np.flatnonzero(dead), _NAMED_ROWS)
         title = title_of('dead', self._store.options.near_zero)
         a.set(xlabel='step', title=title)
         a.figure.colorbar(image, ax=a, pad=0.02, label='dead share')
