@@ -82,7 +82,7 @@ def beside(bs: int, seed: int, lr: float) -> None:
     with TemporaryDirectory() as folder, learn.no_bar():
         learn.path = Path(folder)  # `lr_find` saves the model there
         found = learn.lr_find(show_plot=False, num_it=50).valley
-        print(f'\nlr_find initializes the network and leaves it initialized: {learn.lsuv.report.summary}. '
+        print(f'\nlr_find initializes the network and leaves it initialized: {learn.lsuv.report.summary} '
               f'It suggests {found:.2g}.\nThen fine_tune(1, {lr:.2g}) fits twice:')
         learn.logger = lambda line: print(line) if isinstance(line, str) else None  # without the table of the epochs
         learn.fine_tune(1, lr)

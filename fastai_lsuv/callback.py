@@ -111,7 +111,7 @@ class LSUVCallback(CallbackOnNewWeights):
         if report is None: return None
         self.report = report
         self._done()
-        self._say(line := report.summary + (f'. {report.warning}' if report.warning else ''))
+        self._say(line := f'{report.summary} {report.warning}'.rstrip())
         self.unsaid = line if learn.logger is noop else ''  # by `lr_find`, say
         return report
 
@@ -129,7 +129,7 @@ class LSUVCallback(CallbackOnNewWeights):
 
     def _say_now(self):
         "Log what was done in a fit without a log, such as that of `lr_find`."
-        self._say(f"{self.unsaid}. This was done before an earlier fit without a log, such as `lr_find`.")
+        self._say(f"{self.unsaid} This was done before an earlier fit without a log, such as `lr_find`.")
         if self.learn.logger is not noop: self.unsaid = ''
 
     def _left(self, why: str):

@@ -3,12 +3,13 @@
 `NoReport` stands where there is none yet. pandas and matplotlib are imported when they are used."""
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any, Iterator, NewType, NoReturn, overload
 
-from .rows import DONE, STATUSES, Row, counted, number, some_names
+from . import sentences
+from .markup import report_html
+from .rows import DONE, STATUSES, Row
 from .tables import Table, has_baseline
 
 if TYPE_CHECKING: from pandas import DataFrame
@@ -72,11 +73,7 @@ class LSUVReport:
     @property
     def left_alone(self) -> str:
         "One sentence that names the units that are not at their target, by status; \"\" if there are none."
-        if self.undone: return ''
-        by_status = {s: [r.name for r in self.rows if r.status == s] for s in STATUSES if s not in DONE}
-        parts = [f"{s} ({STATUSES[s]}): {some_names(names)}" for s, names in by_status.items() if names]
-        n = sum(map(len, by_status.values()))
-        return f"LSUV did not normalize {n} of {counted(len(self), 'layer')}. " + '; '.join(parts) if parts else ''
+        return '' if self.undone else sentences.left_alone(self.rows)
 
     @property
     def large_gains(self) -> tuple[Row, ...]:
@@ -84,33 +81,20 @@ class LSUVReport:
         return tuple(r for r in self.rows if not 1/_LARGE_GAIN <= r.gain <= _LARGE_GAIN)
 
     @property
+    def remarks(self) -> list[str]:
+        "What else a user should look at: why the weights were put back, large gains, an unusual mini-batch."
+        return sentences.remarks(self.undone, self.large_gains, self.unusual)
+
+    @property
     def warning(self) -> str:
         "All that a user should look at, in a few sentences; \"\" if there is nothing."
-        undone = large = unusual = ''
-        if self.undone:
-            undone = (f"LSUV put the weights back: {self.undone}. Use `modules` to leave out layers whose outputs "
-                      "should not have std 1, give them another `target_std`, or keep the result with `force=True`")
-        gains = [f'{r.name or "(model)"} by {r.gain:.2g}' for r in self.large_gains]
-        if gains:
-            large = (f"LSUV scaled some weights by a lot: {some_names(gains)}. Check that the mini-batch is "
-                     "normalized as it is in training")
-        if self.unusual:
-            unusual = f"The mini-batch is unusual: {self.unusual}. LSUV needs one like those that the model trains on"
-        return '. '.join(s for s in (undone, self.left_alone, large, unusual) if s)
+        return ' '.join(filter(None, [self.left_alone, *self.remarks]))
 
     @property
     def summary(self) -> str:
         "What came of it, in one line."
-        counts = Counter(r.status for r in self.rows)
-        done = sum(counts[s] for s in DONE)
-        rest = ', '.join(f'{counts[s]} {s}' for s in STATUSES if counts[s] and s != 'ok')
-        rest = f' ({rest})' if rest else ''
-        if not self.order: return f"{counted(len(self), 'layer')}, std within 0.1 of 1 in {done}{rest}"
-        target = 'std' if 'std' in self.order else 'mean'
-        loss = f", training loss {number(self.loss[0])} before and {number(self.loss[1])} after" if self.loss else ''
-        if self.loss_note: loss += f"{'' if loss else ', training loss not taken'} ({self.loss_note})"
-        return (f"LSUV {self.order!r}: {done} of {counted(len(self), 'layer')} at the target {target}{rest}, "
-                f"{counted(self.n_passes, 'forward pass', 'forward passes')}{loss}")
+        if not self.order: return sentences.seen(self.rows)
+        return sentences.done(self.rows, self.order, self.n_passes, self.loss, self.loss_note)
 
     def df(self) -> DataFrame:  # A row a unit, in order of execution
         "A DataFrame: a row a unit, the fields of `Row` as columns, those of the baseline only if it was measured."
@@ -118,11 +102,18 @@ class LSUVReport:
         df = pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
         return df if has_baseline(self.rows) else df.drop(columns=['mean_before', 'std_before'])
 
-    def __str__(self) -> str: return f"{self.summary}\n\n{Table(self.rows, bool(self.order)).text()}"
+    def _table(self, folds: bool = True) -> Table: return Table(self.rows, bool(self.order), folds)
+
+    def __str__(self) -> str:
+        table = self._table()
+        notes = [*(f'{status}: {note}' for status, note in table.notes), *self.remarks]
+        return '\n'.join([self.summary, '', table.text(), *([''] if notes else []), *notes])
 
     __repr__ = __str__
 
-    def _repr_html_(self) -> str: return f'<p>{escape(self.summary)}</p>{Table(self.rows, bool(self.order)).html()}'
+    def _repr_html_(self) -> str:
+        table = self._table()
+        return report_html(self.summary, self.remarks, table, self._table(folds=False) if table.folded else None)
 
     def plot(self,
         axs: Any = None,  # Two matplotlib axes, for std and mean; new ones by default

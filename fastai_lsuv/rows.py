@@ -3,22 +3,43 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ['Row', 'STATUSES', 'DONE', 'counted', 'number', 'span', 'some_names', 'shortened']
+__all__ = ['Row', 'STATUSES', 'ADVICE', 'DONE', 'advice', 'counted', 'number', 'span', 'some_names', 'shortened']
 
 STATUSES = {
-    'ok': "the last pass measured it at its target",
-    'no bias': "its std is at the target; it has no bias to move the mean",
-    'off': "its mean or std was still off its target after the last pass",
+    'ok': "the last pass found it at its target",
+    'no bias': "its std is at the target; it has no bias that could move the mean",
+    'off': "its mean or std is still off the target after the last pass",
     'frozen': "its weight does not require grad, or was loaded or trained before",
-    'tied': "another module uses its weight too",
-    'constant': "its output does not vary: it is fed zeros, or zero-initialized",
-    'unresponsive': "scaling its weight does not scale its output; the weight was put back",
-    'alike': "the samples hardly differ, or less than a norm layer's eps; the layer was not corrected from them",
-    'outlier': "one sample alone sets its std; the layer was not corrected from it",
-    'faint': "a norm layer's eps leaves next to nothing of its input; the layer was not corrected from that",
-    'not called': "the model did not call it; its weight is as it was",
+    'tied': "another module uses the same weight",
+    'constant': "its output does not vary: its input or its weight is zero",
+    'unresponsive': "its output does not follow the scale of its weight; LSUV put the weight back",
+    'alike': "the samples hardly differ, or differ by less than a norm layer's eps; LSUV did not correct the layer",
+    'outlier': "one sample alone sets its std; LSUV did not correct the layer",
+    'faint': "a norm layer's eps leaves next to nothing of its input; LSUV did not correct the layer",
+    'not called': "the model did not call it; LSUV did not change its weight",
     'non-finite': "its output holds NaNs or infinities",
-    'undone': "its old weights were put back, as the training loss came out far worse",
+    'undone': "the training loss came out far worse; LSUV put the old weight back",
+}
+# What they mean in the report of `layer_stats`, where it is something else
+_OF_STATS = {
+    'off': "its std is not within 0.1 of 1",
+    'outlier': "one sample alone sets its std",
+    'not called': "the model did not call it",
+}
+# What to do about them
+ADVICE = {
+    'no bias': "Nothing needs to be done where a norm layer follows.",
+    'off': "Pass larger mini-batches, or raise `max_iter`.",
+    'frozen': "To initialize it, unfreeze it, or call `learn.lsuv_init()` if it was loaded.",
+    'tied': "Nothing needs to be done, as of a decoder that shares the weight of an embedding.",
+    'constant': "Nothing needs to be done if the zeros are intended, as in the last layer of a residual branch.",
+    'unresponsive': "Leave it out with `modules`.",
+    'alike': "Pass a mini-batch whose samples differ.",
+    'outlier': "Look at that sample, or pass a larger mini-batch.",
+    'faint': "Look at the layers before it, or leave it out with `modules`.",
+    'not called': "Nothing needs to be done if the model is to do without it.",
+    'non-finite': "Look at the first layer with this status, and at what it is given.",
+    'undone': "Leave layers out with `modules`, or give them another `target_std`.",
 }
 DONE = ('ok', 'no bias')
 
@@ -38,6 +59,15 @@ class Row:
     gain: float = 1.  # Factor that its weight was scaled by, from the start that it was given
     mean_range: tuple[float, float] | None = None  # Where its mean counts as at the target; `None` if it had no target
     std_range: tuple[float, float] | None = None  # The same of its std
+
+
+def advice(
+    status: str,
+    corrected: bool  # Whether LSUV has run, or only looked
+) -> str:
+    "What a status means and, where LSUV has run, what to do about it."
+    if not corrected: return f'{_OF_STATS.get(status, STATUSES[status])}.'
+    return f'{STATUSES[status]}. {ADVICE[status]}'
 
 
 def counted(n: int, one: str, many: str = '') -> str: return f'{n} {one if n == 1 else many or one + "s"}'

@@ -1,20 +1,19 @@
-"""The report as a table.
+"""The report as a table of text.
 
-`Table` chooses the columns, and folds long runs of rows that came out alike. `text` and `html` write it."""
+`Table` chooses the columns, and folds long runs of rows that came out alike. `markup` writes the same table as HTML."""
 from __future__ import annotations
 
 from collections import Counter
-from html import escape
 from itertools import groupby
 from typing import Sequence
 
-from .rows import STATUSES, Row, number, span
+from .rows import STATUSES, Row, advice, number, span
 
 __all__ = ['Table', 'has_baseline']
 
 _MOST_ROWS = 40  # A longer table is folded
 _ENDS, _RARE = 8, 10  # Rows shown at either end of it, and how many amid them because their status is rare
-_WORDS = ('layer', 'kind', 'output', 'status')  # Columns of words, aligned to the left
+WORDS = ('layer', 'kind', 'output', 'status')  # Columns of words, aligned to the left
 
 
 def has_baseline(rows: Sequence[Row]) -> bool:
@@ -23,32 +22,40 @@ def has_baseline(rows: Sequence[Row]) -> bool:
 
 
 class Table:
-    "A table of rows: `head`, the names of the columns, and `lines`, the cells of each line."
+    "A table of rows: `head`, the names of the columns, and `lines`, the rows of each line and its cells."
     def __init__(self,
         rows: Sequence[Row],
-        gains: bool  # Whether to have a column of gains
+        corrected: bool,  # Whether LSUV has run, or only looked
+        folds: bool = True  # Whether a long table is folded
     ):
-        self.rows,self.gains,self.baseline = rows,gains,has_baseline(rows)
-        before,gain = ['mean before', 'std before'] if self.baseline else [],['gain'] if gains else []
-        self.head = ['layer', 'kind', 'output', 'mean', 'std', *before, *gain, 'passes', 'status']
-        shown,self.lines = self._shown(),[]
+        self.rows,self.corrected,self.baseline = rows,corrected,has_baseline(rows)
+        before = [' before']*self.baseline
+        columns = [f'{stat}{when}' for stat in ('mean', 'std') for when in (*before, '')]
+        self.head = ['layer', 'kind', 'output', *columns, *(['gain', 'passes'] if corrected else []), 'status']
+        shown = self._shown() if folds else range(len(rows))
+        self.lines: list[tuple[list[Row], list[str]]] = []
         for folded, run in groupby(range(len(rows)), key=lambda i: i not in shown):
             run = [rows[i] for i in run]
-            self.lines += [self._fold(run)] if folded else map(self._cells, run)
+            self.lines += [(run, self._fold(run))] if folded else [([r], self._cells(r)) for r in run]
+
+    @property
+    def folded(self) -> bool: return len(self.lines) < len(self.rows)
 
     def _cells(self, r: Row) -> list[str]:
-        now = ['', ''] if r.status == 'not called' else [number(r.mean), number(r.std, small=True)]
-        before = [number(r.mean_before), number(r.std_before, small=True)] if self.baseline else []
-        gain = [f'{r.gain:.3g}'] if self.gains else []
-        return [r.name or '(model)', r.kind, 'x'.join(map(str, r.shape)), *now, *before, *gain, str(r.passes), r.status]
+        ran = r.status != 'not called'
+        mean,std = (number(r.mean), number(r.std, small=True)) if ran else ('', '')
+        before = [[number(r.mean_before)], [number(r.std_before, small=True)]] if self.baseline else [[], []]
+        done = [f'{r.gain:.3g}', str(r.passes)] if self.corrected else []
+        shape = 'x'.join(map(str, r.shape))
+        return [r.name or '(model)', r.kind, shape, *before[0], mean, *before[1], std, *done, r.status]
 
     def _fold(self, rows: list[Row]) -> list[str]:
         "One line for a run of rows."
         counts = Counter(r.status for r in rows)
         statuses = next(iter(counts)) if len(counts) == 1 else ', '.join(f'{n} {s}' for s, n in counts.items())
-        spans = [span([r.mean for r in rows]), span([r.std for r in rows])]
-        others = ['']*(2*self.baseline + self.gains + 1)
-        return [f'... {len(rows)} more', '', '', *spans, *others, statuses]
+        gap,done = ['']*self.baseline,['', '']*self.corrected
+        return [f'... {len(rows)} more', '', '', *gap, span([r.mean for r in rows]), *gap, span([r.std for r in rows]),
+                *done, statuses]
 
     def _shown(self) -> set[int]:
         "The rows with a line of their own: of a long table its ends, rare ones, and the first of each status."
@@ -62,22 +69,19 @@ class Table:
             room = max(room - len(new), 0)
         return shown
 
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        "Each status of the table that is not \"ok\", with what it means and what to do."
+        found = {r.status for r in self.rows}
+        return [(s, advice(s, self.corrected)) for s in STATUSES if s in found and s != 'ok']
+
     def text(self) -> str:
         "The table in columns of text."
-        widths = [max(len(line[i]) for line in [self.head, *self.lines]) for i in range(len(self.head))]
+        lines = [self.head, *(cells for _, cells in self.lines)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
 
         def write(line):
-            cells = (c.ljust(w) if h in _WORDS else c.rjust(w) for c, w, h in zip(line, widths, self.head))
+            cells = (c.ljust(w) if h in WORDS else c.rjust(w) for c, w, h in zip(line, widths, self.head))
             return '  '.join(cells).rstrip()
 
-        return '\n'.join(map(write, [self.head, ['-'*w for w in widths], *self.lines]))
-
-    def html(self) -> str:
-        def cell(text, column, tag):
-            align = 'left' if column in _WORDS else 'right'
-            return f'<{tag} style="text-align:{align}">{escape(text)}</{tag}>'
-
-        def row(cells, tag): return '<tr>' + ''.join(cell(c, h, tag) for c, h in zip(cells, self.head)) + '</tr>'
-
-        body = ''.join(row(line, 'td') for line in self.lines)
-        return f'<table><thead>{row(self.head, "th")}</thead><tbody>{body}</tbody></table>'
+        return '\n'.join(map(write, [self.head, ['-'*w for w in widths], *lines[1:]]))

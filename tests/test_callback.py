@@ -328,7 +328,7 @@ def test_what_was_left_alone_is_said():
     learn = learner(cbs=LSUVCallback())
     learn.model[3].requires_grad_(False)
     learn.fit(1)
-    assert len(said(learn)) == 1 and "frozen" in said(learn)[0] and said(learn)[0].endswith(': 3')
+    assert len(said(learn)) == 1 and "frozen" in said(learn)[0] and said(learn)[0].endswith(': 3.')
 
 
 def test_the_report_before_a_fit_says_what_to_do():

@@ -25,7 +25,7 @@ def test_the_demonstration_repeats_itself_and_leaves_a_picture_alone(tmp_path, m
     without, with_lsuv = map(float, second[1].split())
     assert without < 0.3 and with_lsuv > 0.85
     assert 'order="std mean"\n(0.0000, 1.0000)\n' in said[0]
-    assert "LSUV 'std mean': 5 of 5 layers at the target std" in said[0]
+    assert "LSUV: 5 of 5 layers at std 1" in said[0]
     assert [p.name for p in tmp_path.iterdir()] == ['demo.png'] and (tmp_path/'demo.png').stat().st_size > 10_000
 
 

@@ -211,7 +211,7 @@ def test_the_loss_before_and_after_is_that_of_training_with_dropout_on():
     torch.manual_seed(5)
     with torch.no_grad(): assert report.loss[1] == pytest.approx(F.cross_entropy(net.train()(x), y).item(), rel=1e-4)
     assert report[0].std_before is not None and report.n_passes == 4
-    assert f'training loss {report.loss[0]:.4f} before and {report.loss[1]:.4f} after' in report.summary
+    assert f'Training loss {report.loss[0]:.4f} before, {report.loss[1]:.4f} after' in report.summary
 
 
 def test_a_model_that_comes_out_far_worse_is_put_back():
@@ -243,7 +243,7 @@ def test_the_callback_proves_the_loss_on_a_mini_batch_it_does_not_begin_with():
     learn.fit(1)
     before,after = learn.lsuv.report.loss
     assert 1 < before < 2 and 1 < after < 5
-    assert f'training loss {before:.4f} before and {after:.4f} after' in said(learn)[0]
+    assert f'Training loss {before:.4f} before, {after:.4f} after' in said(learn)[0]
     assert all(r.std_before is not None for r in learn.lsuv.report)
 
 

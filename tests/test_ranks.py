@@ -132,6 +132,6 @@ def test_fastais_distrib_ctx(run):
     (seen_a,drawn_a,lines_a),(seen_b,drawn_b,lines_b) = run('distrib_ctx')
     assert same(seen_a[0], seen_b[0]), "after LSUV"
     assert same(seen_a[1], seen_b[1]) and not same(seen_a[0], seen_a[1]), "after training"
-    assert [' at the target std' in line for line in lines_a] == [True, False] and 'initialized before' in lines_a[1]
+    assert [' at std 1' in line for line in lines_a] == [True, False] and 'initialized before' in lines_a[1]
     assert lines_b == []
     assert drawn_a[0] != drawn_b[0]

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastai_lsuv import LSUVReport, layer_stats, lsuv_init
 from fastai_lsuv.report import STATUSES, Row
+from fastai_lsuv.rows import ADVICE
 
 nan = float('nan')
 
@@ -68,7 +69,7 @@ def test_left_alone_is_one_sentence_by_status():
     r = report(*['ok']*3, *['frozen']*7, 'tied', 'not called')
     assert r.left_alone.startswith('LSUV did not normalize 9 of 12 layers. frozen (') and '\n' not in r.left_alone
     assert 'blocks.3.conv, blocks.4.conv, blocks.5.conv, blocks.6.conv, blocks.7.conv and 2 more' in r.left_alone
-    assert f"tied ({STATUSES['tied']}): blocks.10.conv" in r.left_alone and 'not called' in r.left_alone
+    assert f"tied ({STATUSES['tied']}): blocks.10.conv. not called (" in r.left_alone
     assert report('tied').left_alone.startswith('LSUV did not normalize 1 of 1 layer. ')
 
 
@@ -93,16 +94,18 @@ def test_table_of_a_few_rows():
     ]
     r = LSUVReport(rows, order='std mean', n_passes=2)
     lines = str(r).splitlines()
-    assert lines[0] == ("LSUV 'std mean': 2 of 6 layers at the target std (1 off, 1 constant, 1 not called, "
-                        "1 non-finite), 2 forward passes")
+    assert lines[0] == ("LSUV: 2 of 6 layers at the target std, 1 off, 1 constant, 1 not called, 1 non-finite. "
+                        "Order 'std mean', 2 forward passes.")
     assert lines[2].split() == ['layer', 'kind', 'output', 'mean', 'std', 'gain', 'passes', 'status']
     assert lines[4].split() == ['blocks.0.conv', 'Conv2d', '32x64x8x8', '0.0000', '1.0000', '1', '1', 'ok']
     assert lines[5].split() == ['blocks.1.conv', 'Conv2d', '32x64x8x8', '-0.5000', '3.2e-06', '1', '1', 'off']
     assert lines[6].split() == ['blocks.2.conv', 'Linear', '8x4', '0.0000', '0.0000', '1', '0', 'constant']
     assert lines[7].split() == ['blocks.3.conv', 'Conv2d', '1', '0', 'not', 'called']
     assert lines[8].split() == ['blocks.4.conv', 'Conv2d', '32x64x8x8', 'nan', 'inf', '1', '0', 'non-finite']
-    assert '1.23e+04' in lines[9] and len(lines) == 10 and repr(r) == str(r)
+    assert '1.23e+04' in lines[9] and lines[10] == '' and repr(r) == str(r)
     assert len({l.index('Conv2d') for l in lines if 'Conv2d' in l}) == 1  # columns line up
+    assert [l.split(':')[0] for l in lines[11:]] == ['off', 'constant', 'not called', 'non-finite']  # what they mean
+    assert lines[11] == f"off: {STATUSES['off']}. {ADVICE['off']}"
 
 
 def test_ten_rows_are_all_shown():
@@ -121,7 +124,7 @@ def test_ten_rows_are_all_shown():
 ])
 def test_long_tables_are_folded(statuses):
     r = LSUVReport([row(k, s, std=1 + k/1e4) for k, s in enumerate(statuses)], order='std mean', n_passes=2)
-    lines = str(r).splitlines()[4:]
+    lines = str(r).split('\n\n')[1].splitlines()[2:]
     assert len(lines) <= 46 and max(map(len, lines)) <= 118
     assert 'blocks.0.conv' in lines[0] and f'blocks.{len(statuses) - 1}.conv' in lines[-1]
     folds = [l for l in lines if l.startswith('...')]
@@ -144,11 +147,46 @@ def test_a_fold_says_what_it_holds():
     assert 'ok' in fold and 'no bias' in fold
 
 
-def test_html_is_escaped_and_folded():
+def soup_of(r):
+    bs4 = pytest.importorskip('bs4')
+    return bs4.BeautifulSoup(r._repr_html_(), 'html.parser')
+
+
+def test_html_is_escaped():
     html = LSUVReport([row(0, name='<b>&', kind='<script>')], order='std')._repr_html_()
     assert '&lt;b&gt;&amp;' in html and '&lt;script&gt;' in html and '<script>' not in html and html.count('<tr>') == 2
-    assert report(*['ok']*300)._repr_html_().count('<tr>') <= 47
-    assert '&#x27;std mean&#x27;' in report('ok')._repr_html_()
+    assert 'Order &#x27;std mean&#x27;' in report('ok')._repr_html_()
+
+
+def test_html_folds_a_long_table_and_keeps_all_of_it():
+    page = soup_of(report(*['ok']*300))
+    assert len(page.table.find_all('tr')) <= 47 and 'details' not in soup_of(report(*['ok']*40)).decode()
+    assert page.details.summary.get_text() == 'All 300 layers' and len(page.details.find_all('tr')) == 301
+    names = [tr.td.get_text() for tr in page.details.tbody.find_all('tr')]
+    assert names == [f'blocks.{k}.conv' for k in range(300)]
+
+
+def test_html_says_each_status_in_words_and_what_it_means():
+    page = soup_of(report(*STATUSES))
+    pills = [tr.find_all('td')[-1].get_text() for tr in page.tbody.find_all('tr')]
+    assert [p.split(' ', 1)[1] for p in pills] == list(STATUSES)
+    assert {p[0] for p in pills} == set('✓–!✗')  # a mark beside the colour
+    notes = [p.get_text() for p in page.find_all('p')][1:]
+    assert len(notes) == len(STATUSES) - 1
+    for note, (status, meaning) in zip(notes, list(STATUSES.items())[1:]):
+        assert note == f'{pills[list(STATUSES).index(status)]} {meaning}. {ADVICE[status]}'
+
+
+@pytest.mark.parametrize('std, width, beyond', [(0., 0, False), (0.5, 25, False), (1., 50, False), (1.9, 95, False),
+                                                (40., 100, True), (float('inf'), 100, True), (nan, None, None)])
+def test_html_has_a_bar_for_each_std(std, width, beyond):
+    page = soup_of(LSUVReport([row(0, std=1., before=(0., std), std_range=(0.9, 1.1))], order='std'))
+    after = page.select_one('.bar.after')
+    assert after.i['style'] == 'width:50%'
+    before = page.select_one('.bar.before')
+    assert (before is None) == (width is None)
+    if before is not None: assert before.i['style'] == f'width:{width}%' and ('beyond' in before['class']) == beyond
+    assert soup_of(LSUVReport([row(0)], order='mean')).select_one('.bar') is None  # nothing to compare it with
 
 
 def test_df():
@@ -166,13 +204,17 @@ def test_df():
 
 
 def test_baseline_columns_in_the_table():
-    assert 'mean before  std before' in str(report('ok', before=(0.5, 2.))) and 'before' not in str(report('ok'))
+    head = str(report('ok', before=(0.5, 2.))).splitlines()[2]
+    assert [h.strip() for h in head.split('  ') if h.strip()] == [
+        'layer', 'kind', 'output', 'mean before', 'mean', 'std before', 'std', 'gain', 'passes', 'status']
+    assert 'before' not in str(report('ok')).splitlines()[2]
 
 
 def test_summary_of_layer_stats():
     model = cnn(3, 8, 8)
     s = layer_stats(model, torch.randn(8, 3, 8, 8))
-    assert s.summary == '2 layers, std within 0.1 of 1 in 0 (2 off)' and str(s).startswith(s.summary)
+    assert s.summary == '2 layers: 0 with a std within 0.1 of 1, 2 off.' and str(s).startswith(s.summary)
+    assert str(s).endswith('\n\noff: its std is not within 0.1 of 1.') and 'passes' not in str(s)
     lsuv_init(model, torch.randn(8, 3, 8, 8))
 
 
@@ -253,6 +295,27 @@ def test_plot_on_axes_of_the_user_and_of_layer_stats():
     std, mean = LSUVReport([row(0), row(1, 'off')]).plot()
     assert list(lines_of(std)) == ['as it is'] and not mean.texts and std.get_xscale() == 'linear'
     assert report('ok').plot(figsize=(5, 3))[0].figure.get_size_inches().tolist() == [5, 3]
+
+
+def test_a_summary_names_its_target():
+    ranges = dict(std_range=(0.45, 0.55), mean_range=(-0.2, 0.2))
+    assert report('ok', 'no bias', 'off', **ranges).summary == (
+        "LSUV: 2 of 3 layers at std 0.5 (1 of them without a bias), 1 off. Order 'std mean', 2 forward passes.")
+    assert ' at mean 0. Order' in report('ok', order='mean', **ranges).summary
+    r = LSUVReport([row(0, std_range=(0.9, 1.1)), row(1, std_range=(0.45, 0.55))], 'std', 2, (1., 2.), '', 'a note')
+    assert r.summary == ("LSUV: 2 of 2 layers at the target std. Order 'std', 2 forward passes. "
+                         "Training loss 1.0000 before, 2.0000 after (a note).")
+    r = LSUVReport([row(0, std_range=(0.9, 1.1))], 'std', 1, loss_note='ValueError: no')
+    assert r.summary == ("LSUV: 1 of 1 layer at std 1. Order 'std', 1 forward pass. "
+                         "Training loss not taken: ValueError: no.")
+
+
+def test_the_table_ends_with_what_else_to_look_at():
+    r = LSUVReport([row(0, gain=400.)], order='std', unusual='its samples are alike')
+    assert str(r).splitlines()[-2:] == r.remarks and len(r.remarks) == 2
+    assert 'blocks.0.conv by 4e+02' in r.remarks[0] and 'its samples are alike' in r.remarks[1]
+    assert r.warning == ' '.join(r.remarks)
+    assert all(remark in soup_of(r).get_text() for remark in r.remarks)
 
 
 def test_per_channel_rows_are_those_of_the_channels():

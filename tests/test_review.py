@@ -33,7 +33,7 @@ def test_ok_means_that_the_mean_is_right_too(seed):
 
 def test_an_order_without_a_std_loop_speaks_of_the_mean():
     report = lsuv_init(nn.Linear(16, 8), 20*torch.randn(64, 16), order='mean', preinit=None)
-    assert report[0].std > 5 and report.summary == "LSUV 'mean': 1 of 1 layer at the target mean, 2 forward passes"
+    assert report[0].std > 5 and report.summary == "LSUV: 1 of 1 layer at mean 0. Order 'mean', 2 forward passes."
 
 
 def test_with_per_channel_one_channel_that_is_far_off_is_not_ok():
@@ -148,7 +148,7 @@ def test_options_given_to_learn_lsuv_init_reach_the_attached_callback():
     learn.lsuv_init(every_fit=True)
     assert learn.lsuv.every_fit is True
     learn.fit(1)
-    assert sum("at the target std" in l for l in learn.lines if isinstance(l, str)) == 2
+    assert sum("at std 1" in l for l in learn.lines if isinstance(l, str)) == 2
 
 
 def test_a_loader_is_started_once_for_each_time_it_is_gone_through():

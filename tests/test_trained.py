@@ -43,7 +43,7 @@ def initialized(learn, fit=None, kept=()):
     torch.rand(9)  # or the same orthonormal weights would be drawn again
     w,names = weights(learn.model),[n for n, _ in learn.model.named_parameters()]
     now = after_lsuv(learn, fit)
-    assert len(said(learn)) == 1 and ' at the target std' in said(learn)[0], learn.lines
+    assert len(said(learn)) == 1 and ' at std 1' in said(learn)[0], learn.lines
     units = {id(k.value) for u in find_units(learn.model) for k in u.weights}
     for n, p, a, b in zip(names, learn.model.parameters(), w, now):
         if id(p) in units:
@@ -263,7 +263,7 @@ def test_lr_find_leaves_the_lsuv_network(here, opt_func):
     learn.lines.clear()
     w = weights(learn.model)
     assert same(after_lsuv(learn), w)
-    assert said(learn) == [f'{learn.lsuv.report.summary}. This was done before an earlier fit without a log, '
+    assert said(learn) == [f'{learn.lsuv.report.summary} This was done before an earlier fit without a log, '
                            'such as `lr_find`.']
     left(learn, 'it was initialized before an earlier fit')
 
@@ -357,7 +357,7 @@ def test_fine_tune(hub):
     w = weights(learn.model[0])
     learn.fine_tune(1, cbs=Around(lambda l: seen.append(weights(l.model[0]))))
     first,second = said(learn)
-    assert ' at the target std' in first and second.startswith(AS_IT_WAS) and same(seen[0], w)
+    assert ' at std 1' in first and second.startswith(AS_IT_WAS) and same(seen[0], w)
     assert {r.name.split('.')[0] for r in learn.lsuv.report if r.status != 'frozen'} == {'1'}
 
 

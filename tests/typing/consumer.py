@@ -9,7 +9,7 @@ from typing_extensions import assert_type
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, LSUVReport, layer_stats, lsuv_init
 from fastai_lsuv.recorder.diagnosis import Diagnosis, Finding
 from fastai_lsuv.recorder.tables import Pairs
-from fastai_lsuv.report import STATUSES, Row
+from fastai_lsuv.report import STATUSES, NoReport, Row
 
 model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
 batch = torch.randn(64, 8)
@@ -64,7 +64,7 @@ report.plot(figsize=(6., 3.))
 # in a Learner
 lsuv = LSUVCallback(order='mean std', modules=nn.Linear, target_std=halved, min_samples=32, every_fit=True, force=True)
 lsuv.reset()
-assert_type(lsuv.report, LSUVReport | None)
+assert_type(lsuv.report, LSUVReport | NoReport)
 recorder = ActivationStatsRecorder(
     modules='*.conv', every=2, hist=(40, 0., 10.), grads=True, valid=True, max_steps=100,
     fname='stats.csv', append=True)
