@@ -8,7 +8,7 @@ Numbers on the host are numpy's: an operation on a few numbers costs a fifth of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Sequence
 
 import numpy as np
@@ -108,10 +108,17 @@ def _measurable(x: Tensor) -> Tensor:
     return x.detach().as_subclass(Tensor)
 
 
-def _row(x: Tensor) -> int:
+def _sample(x: Tensor) -> int:
+    "Elements of a sample that lie side by side in memory; all there are, if samples do not."
+    return x.numel()//len(x) if x.dim() and x.stride(0) == max(x.stride()) else x.numel()
+
+
+@lru_cache
+def _row(
+    n: int,  # Elements
+    size: int  # Elements of a sample
+) -> int:
     "Length of the rows of memory whose squares are summed. A row lies within one sample where the shape allows it."
-    n = x.numel()
-    size = n//len(x) if x.dim() and x.stride(0) == max(x.stride()) else n
     if size <= _ROW:
         several = max(1, 2*_SMALL//size) if n//size > _MANY_SAMPLES else 1
         return size*several if n > size or n <= _ROW else _ROW
@@ -127,6 +134,13 @@ def _norms(f: Tensor, row: int, acc: torch.dtype) -> Tensor:
     return torch.cat([q, torch.linalg.vector_norm(f[whole:], dtype=acc)[None]])
 
 
+def _on_host(parts: list[Tensor]) -> list[np.ndarray]:
+    "Tensors as flat arrays in float64, with one transfer."
+    if parts[0].device.type == 'cpu': return [p.numpy().astype(np.float64).ravel() for p in parts]
+    numbers = torch.cat([p.flatten() for p in parts]).cpu().numpy().astype(np.float64)
+    return np.split(numbers, np.cumsum([p.numel() for p in parts])[:-1])
+
+
 def _evidence(
     x: Tensor,
     squares: np.ndarray,  # Sums of squares of its rows, in the order of memory
@@ -135,13 +149,13 @@ def _evidence(
     var: float  # Of all elements
 ) -> Evidence:
     "What the moments of `x` rest on."
-    n = len(x) if x.dim() else 1
-    if n == 1 or x.stride(0) != max(x.stride()): return Evidence(n)
+    n,size = len(x) if x.dim() else 1, _sample(x)
+    if n == 1 or size == x.numel(): return Evidence(n)
     if mean*mean > _MATTERS*var:  # the squares are to be those about the mean
         acc = torch.promote_types(x.dtype, torch.float32)
         squares = np.square(_norms(flat(x).to(acc) - mean, row, acc).double().cpu().numpy())
-    size = x.numel()//n
-    if row < size:  # several rows a sample
+    if size % row == 0: squares = squares.reshape(n, -1).sum(1)
+    elif row < size:  # a row may hold the end of one sample and the start of the next
         squares = np.bincount(np.arange(len(squares))*row//size, weights=squares, minlength=n)
     total = squares.sum()
     return Evidence(n, float(squares.max()/total) if total > 0 else 0.)
@@ -155,12 +169,12 @@ def whole_moments(
     They are as accurate as those of `channel_moments`, and cheaper. Raises `TypeError` if `x` is complex, `ValueError`
     if it is empty."""
     x = _measurable(x)
-    f,n,row = flat(x),x.numel(),_row(x)
+    f,n,row = flat(x),x.numel(),_row(x.numel(), _sample(x))
     acc = torch.float64 if f.dtype == torch.float64 else torch.float32
 
     def take(f):
-        sums = torch.cat([f.sum(dtype=acc)[None], _norms(f, row, acc)]).cpu().numpy().astype(np.float64)
-        mean,squares = sums[0]/n,np.square(sums[1:])
+        total,norms = _on_host([f.sum(dtype=acc), _norms(f, row, acc)])
+        mean,squares = total[0]/n,norms*norms
         return mean, squares.sum()/n - mean*mean, squares
 
     with np.errstate(all='ignore'):
@@ -204,7 +218,7 @@ def channel_moments(
     `ValueError` if it is empty."""
     x = _measurable(x)
     if x.dim() == 0: x = x[None]
-    dim,row = dim % x.dim(),_row(x)
+    dim,row = dim % x.dim(),_row(x.numel(), _sample(x))
     c = x.shape[dim]
     n = x.numel()//c
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -212,8 +226,7 @@ def channel_moments(
     def take(x):
         parts = [_channel_sums(x, dim, acc), _norms(flat(x), row, acc)]
         if by_channel: parts.append(_channel_norms(x, dim, acc))
-        sums = torch.cat([p.flatten() for p in parts]).cpu().numpy().astype(np.float64)
-        s,q,*of_channel = np.split(sums, np.cumsum([p.numel() for p in parts])[:-1])
+        s,q,*of_channel = _on_host(parts)
         mean,squares = s.reshape(-1, c).sum(0)/n,q*q
         square = np.square(of_channel[0]).reshape(-1, c).sum(0)/n if by_channel else squares.sum()/(n*c)
         squared = mean*mean if by_channel else mean @ mean/c

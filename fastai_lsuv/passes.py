@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .conditions import NormWatch, measuring
 from .evidence import samples_alike
@@ -112,20 +112,26 @@ class Passes:
     def _observe(self, u: Unit, solver, module, args, out) -> Any:
         "The hook on a unit's output: measure it, correct the unit if it is off, and return the corrected output."
         if solver.running: return None
-        x = first_tensor(out)
-        if x is None or x.numel() == 0: return None
+        with torch._C.DisableTorchFunction():  # what happens in here is not the model's
+            due = self._measure(u, first_tensor(out))
+        return solver.observe(out) if due else None
+
+    def _measure(self, u: Unit, x: Tensor | None) -> bool:  # Whether the unit is to be corrected
+        "Measure a unit's output."
+        if x is None or x.numel() == 0: return False
         may_change = self.correct and u.claim(self.owners)
         if u.seen is None:
-            u.seen = Observation(u.target.per_channel or bool(may_change and u.affine and biases(u).ndim))
+            if u.biases_differ is None and may_change and u.affine: u.biases_differ = biases(u).ndim > 0
+            u.seen = Observation(u.target.per_channel or bool(may_change and u.biases_differ))
             self.order.setdefault(u)
             self.ran += 1
         u.seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(self.ran, len(self.units))
         told = self.norms.spread,self.norms.normed,self.alike
         u.seen.moments.append(measure(u, x, u.seen.by_channel, *told))
-        if not (may_change and u.due()): return None
+        if not (may_change and u.due()): return False
         u.reason = u.doubts(u.seen.moments[-1], x)
-        return solver.observe(out) if not u.reason else None
+        return not u.reason
 
 
 def arguments(batch: Any) -> tuple[tuple, Mapping]:

@@ -192,7 +192,9 @@ class ClosedForm:
     @np.errstate(all='ignore')
     def _solve(self, x: Tensor) -> None:
         u,b = self.unit,biases(self.unit)
-        if b.ndim and not u.seen.by_channel: return  # biases were alike when the pass began; the next finds they differ
+        if b.ndim and not u.seen.by_channel:  # the biases were alike when they were looked at
+            u.biases_differ = True
+            return
         now = u.recent()
         meter = AffineMeter(now.affine(1., -b), b, u.bias is not None, u.target.per_channel)
         if varies(meter.z, now): u.reason = _loop(u, meter, _MAX_STEPS)
@@ -215,7 +217,7 @@ def _mend(x: Tensor, a: np.ndarray, offset: np.ndarray, channel_dim: int) -> Non
     shape = [1]*x.dim()
     if x.dim(): shape[channel_dim] = -1
 
-    def by_channel(v): return torch.as_tensor(v).to(x).reshape(shape)
+    def by_channel(v): return torch.from_numpy(v).to(x).reshape(shape) if v.ndim else x.new_tensor(v.item())
 
     if not offset.any() and a.size == 1: x.mul_(a.item())
     elif a.size == 1: torch.add(by_channel(offset), x, alpha=a.item(), out=x)

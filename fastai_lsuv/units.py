@@ -129,6 +129,7 @@ class Unit:
         self.stale = False  # Other units have changed since it last ran
         self.reason = ''  # "unresponsive", "tied", "non-finite", or a `Doubt`
         self.immovable = False  # The bias does not move the mean
+        self.biases_differ: bool | None = None  # Whether the biases of its channels do; `None` until it is looked at
 
     def __repr__(self): return f'Unit({self.name!r}, {self.kind})'
 
@@ -194,13 +195,18 @@ class Unit:
     ) -> str:
         "Why the unit is not to be corrected from these moments, or \"\"."
         _,std = m.stats(self.target.per_channel)
-        needed = float(np.median(self.target.std/std[std > 0])) if np.any(std > 0) else 1.
         size = self.weights[0].size if self.weights else lambda: 1.
-        return doubt(m, needed if self.target.scales else 1., size, x)
+        return doubt(m, self._needed(std) if self.target.scales else 1., size, x)
+
+    def _needed(self, std: np.ndarray) -> float:
+        "The factor that brings the std to its target; the median over the channels that vary."
+        if not std.ndim: return float(self.target.std/std) if std > 0 else 1.
+        varying = std[std > 0]
+        return float(np.median(self.target.std/varying)) if varying.size else 1.
 
     def scaled(self, by: np.ndarray | float) -> None:
         "Note that the weight was multiplied by `by`."
-        self.gain *= float(np.exp(np.mean(np.log(by))))
+        self.gain *= float(np.exp(np.mean(np.log(by))) if np.ndim(by) else by)
 
     def end(self) -> None:
         "End a pass."
