@@ -125,9 +125,14 @@ def forward(model, batch):
     without_dropout(model)
     stance = torch.compiler.set_stance('force_eager') if hasattr(torch.compiler, 'set_stance') else nullcontext()
     with stance:
-        if isinstance(batch, dict): return model(**batch)
-        if isinstance(batch, tuple): return model(*batch)
-        return model(batch)
+        return call(model, batch)
+
+
+def call(model, batch):
+    "The model's output for a mini-batch: a tensor, or a tuple or dict of inputs."
+    if isinstance(batch, dict): return model(**batch)
+    if isinstance(batch, tuple): return model(*batch)
+    return model(batch)
 
 
 @contextmanager

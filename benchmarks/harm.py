@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastai_lsuv import layer_stats, lsuv_init, units
 from fastai_lsuv.evidence import Doubt
 from fastai_lsuv.moments import first_tensor
-from _common import RESULTS, first_line, forward, markdown, networks, on_device, where
+from _common import RESULTS, call, first_line, forward, markdown, networks, on_device, where
 
 CLASSES = 4
 PAD = 1  # Token id that pads a text, as in fastai
@@ -39,7 +39,7 @@ FAR = 2.  # A loss so many times that of before is harm
 DONE = 'ok', 'no bias'
 DOUBTS = {d.value for d in Doubt}
 COLUMNS = ['network', 'kind', 'outcome', 'before', 'after', 'zeros', 'ratio', 'right', 'said', 'violation', 'in_vain',
-           'passes', 'seconds', 'error']
+           'with_loss', 'passes', 'seconds', 'error']
 
 # Big ones, whose like is in the table in a smaller size, and those that give no output a sample or need a first call.
 LEFT_OUT = ('torchvision/resnet50', 'torchvision/densenet121', 'torchvision/inception_v3', 'torchvision/googlenet',
@@ -202,13 +202,17 @@ def loss(model, batch, labels):
     if hasattr(model, 'reset'):
         model.reset()
     torch.manual_seed(0)
-    out = first_tensor(forward(model, batch))
+    return readout_loss(forward(model, batch), labels), math.log(CLASSES)
+
+
+def readout_loss(out, labels):
+    "The cross-entropy of a fixed random readout of a model's output."
+    out = first_tensor(out)
     if len(out) != len(labels):
         raise ValueError(f'an output of shape {tuple(out.shape)} for {len(labels)} samples')
     out = out.float().flatten(1)
     readout = torch.randn(out.shape[1], CLASSES, generator=torch.Generator().manual_seed(0)).to(out.device)
-    logits = out @ readout/out.shape[1]**0.5
-    return F.cross_entropy(logits, labels).item(), math.log(CLASSES)
+    return F.cross_entropy(out @ readout/out.shape[1]**0.5, labels).item()
 
 
 @contextmanager
@@ -255,6 +259,13 @@ class Subject:
         after,_ = self.loss()
         return report, after, {r.name: r.std for r in layer_stats(self.model, self.real)}
 
+    def said_with_loss(self, batches, seed):
+        "What the report says of the loss, in an initialization that is given the loss on real data."
+        self.model.load_state_dict(self.was)
+        torch.manual_seed(seed)
+        report = lsuv_init(self.model, batches, loss=lambda model: readout_loss(call(model, self.real), self.labels))
+        return report.undone or f"{number(report.loss[0])} before, {number(report.loss[1])} after, {report.loss_note}"
+
     def ratio(self, after):
         "The loss beside that of before, or of predicting zeros if that is worse; infinite if it is no number."
         known = [v for v in (self.before, self.zeros) if math.isfinite(v)]
@@ -287,6 +298,8 @@ def judge(subject, name, kind, seed, device):
     right = sum(subject.right(stds, n) for n in subject.judged)/max(1, len(subject.judged))
     row.update(after=after, ratio=ratio, right=right, said='; '.join(new), passes=report.n_passes,
                violation=int(not ratio <= FAR and not new), in_vain='; '.join(in_vain(subject, batches, doubted, seed)))
+    if row['violation']:
+        row['with_loss'] = subject.said_with_loss(batches, seed)
     return row
 
 
@@ -347,9 +360,9 @@ def violations(rows):
     "A row a violation, the worst first."
     bad = sorted((r for r in rows if r['violation']), key=lambda r: -r['ratio'])
     if not bad: return 'None.\n'
-    return markdown(['network', 'mini-batch', 'loss before', 'loss after', 'ratio', 'layers right'],
+    return markdown(['network', 'mini-batch', 'loss before', 'loss after', 'ratio', 'layers right', 'said with `loss`'],
                     [[r['network'], r['kind'], number(r['before']), number(r['after']), number(r['ratio']),
-                      f"{100*r['right']:.0f} %"] for r in bad])
+                      f"{100*r['right']:.0f} %", r['with_loss']] for r in bad])
 
 
 def write_csv(rows, path):
@@ -365,7 +378,8 @@ INTRODUCTION = (
     'A layer is right if its std on real data is within a factor of 2 of 1. A network is named if its report says '
     'something that it does not say of the good mini-batch. A layer is kept back in vain if its status is "alike" '
     'or "outlier", and it comes out right, without harm, if it is corrected all the same. A violation is a loss '
-    'above {far:g} times that of before, or a non-finite one, with nothing said.')
+    'above {far:g} times that of before, or a non-finite one, with nothing said. Each is run again with the loss on '
+    'real data as `loss`; the last column holds what the report says then.')
 
 
 @call_parse

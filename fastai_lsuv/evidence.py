@@ -27,6 +27,8 @@ ALIKE_SPREAD = 0.1
 ALIKE_SHARE = 0.01
 # The samples of a mini-batch are alike if they differ by this share of its variance.
 _ALIKE_INPUTS = 0.02
+# They are unusual below this share. A remark harms less than a layer that is kept back.
+_UNUSUAL_INPUTS = 0.05
 # Behind such a norm layer, or where so few features of alike samples are measured, a larger factor scales up noise.
 _MOST_GAIN,_FEW_FEATURES = 2.,64
 # The largest factor that alike samples are trusted with,
@@ -79,12 +81,13 @@ def mean_tolerance(evidence: Evidence, batch_tol: float) -> float:
 
 
 def samples_alike(
-    batch: Any  # A tensor, or nested ones; the first tells how many samples there are
+    batch: Any,  # A tensor, or nested ones; the first tells how many samples there are
+    share: float = _ALIKE_INPUTS  # Of the variance, that alike samples differ by at most
 ) -> bool:
     "Whether the samples, of two at least, are alike in every tensor that has as many."
     leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() and _is_plain(t)]
     n = len(leaves[0]) if leaves else 0
-    return n > 1 and all(_alike(t) for t in leaves if len(t) == n)
+    return n > 1 and all(_alike(t, share) for t in leaves if len(t) == n)
 
 
 def unusual(
@@ -93,7 +96,7 @@ def unusual(
     "What sets a mini-batch apart from those that networks train on, in words."
     leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() and _is_plain(t)]
     says = ['it holds 1 sample'] if leaves and len(leaves[0]) == 1 else []
-    if samples_alike(batch): says.append("its samples are alike")
+    if samples_alike(batch, _UNUSUAL_INPUTS): says.append("its samples are alike")
     x = next((t for t in leaves if t.is_floating_point() and t.dim() > 1), None)
     if x is not None:
         m = whole_moments(x)
@@ -113,11 +116,11 @@ def _is_plain(t: Tensor) -> bool:
     return t.layout == torch.strided and not t.is_nested and not t.is_complex() and t.numel() > 0
 
 
-def _alike(t: Tensor) -> bool:
+def _alike(t: Tensor, share: float) -> bool:
     t = t.detach().as_subclass(Tensor)
     if not t.is_floating_point(): return _all_the_same(t)
     t = t.reshape(len(t), -1).float()
     t = t - t.mean()
     total = (torch.linalg.vector_norm(t)**2/t.numel()).item()
     common = t.mean(0).square().mean().item()  # what all samples share
-    return total - common <= _ALIKE_INPUTS*total
+    return total - common <= share*total
