@@ -68,7 +68,8 @@ def _batch_norm(watch: NormWatch, input, running_mean, running_var, weight=None,
     if not training or not isinstance(input, Tensor) or input.dim() < 2:
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     like = running_mean if running_mean is not None else input if weight is None else weight
-    mean,var = like.new_zeros(input.shape[1]),like.new_ones(input.shape[1])
+    channels = input.shape[1] if running_mean is None else len(running_mean)
+    mean,var = like.new_zeros(channels),like.new_ones(channels)
     out = F.batch_norm(input, mean, var, weight, bias, True, 1., eps)
     n = input.numel()//input.shape[1]
     with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .blame import explained
 from .generators import Generators
 from .ranks import any_rank, mean_of_ranks
 from .solvers import cloned
@@ -63,7 +64,8 @@ class LossCheck:
     def _run(self, *args, **kwargs) -> Any:
         "The model, which leaves its output behind, and any error of its own."
         args,kwargs = cloned((args, kwargs))  # the model may write to its input
-        try: self.out = self.model(*args, **kwargs)
+        try:
+            with explained(self.model): self.out = self.model(*args, **kwargs)
         except Exception as e:
             self.model_error = e
             raise

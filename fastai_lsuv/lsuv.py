@@ -123,7 +123,8 @@ def initialize(
         except _Undone as e:
             # What could not be put back is a note, or the context on a Python without notes.
             failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]
-            if failed: raise RuntimeError('; '.join(failed)) from None
+            if failed:
+                raise RuntimeError(f"LSUV put the weights back, because {undone}. But it {' '.join(failed)}") from None
             rows = [_row(u, before, undone=True) for u in _in_order(passes)]
         else:
             for u in units: u.finish()

@@ -12,6 +12,7 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from .blame import explained
 from .conditions import NormWatch, measuring
 from .evidence import samples_alike
 from .moments import first_tensor
@@ -143,7 +144,7 @@ def arguments(batch: Any) -> tuple[tuple, Mapping]:
 def call(model: nn.Module, batch: Any) -> Any:
     "What `model` makes of a mini-batch."
     args,kwargs = arguments(batch)
-    return model(*args, **kwargs)
+    with explained(model, batch): return model(*args, **kwargs)
 
 
 def _eager():
