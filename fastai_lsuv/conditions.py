@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Callable, Iterator
 
 import numpy as np
@@ -23,7 +23,7 @@ from .evidence import ALIKE_SHARE, ALIKE_SPREAD
 from .moments import flat
 from .weights import is_layer
 
-__all__ = ['measuring', 'NormWatch']
+__all__ = ['measuring', 'Functions', 'NormWatch']
 
 # Classes of stochastic modules that are no `_DropoutNd`: DropPath, StochasticDepth, WeightDropout, DropBlock2d, ...
 _STOCHASTIC = re.compile(r'Drop(?![a-z])|Drop(out|path|block)|Stochastic')
@@ -164,30 +164,37 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-class _Functions(TorchFunctionMode):
-    "Hands the functions of `_HANDLERS` to their handlers. The mode is off while a handler runs."
-    def __init__(self, watch: NormWatch):
+class Functions(TorchFunctionMode):
+    "Hands functions to their handlers. The mode is off while a handler runs."
+    def __init__(self,
+        around: dict[Callable, Callable],  # Handlers, called with what runs the function, its `args` and its `kwargs`
+        within: dict[Callable, Callable] | None = None  # Handlers that run a function in another way
+    ):
         super().__init__()
-        self.watch = watch
+        within = within or {}
+        self.handlers = {**within, **{f: partial(h, within.get(f, f)) for f, h in around.items()}}
+        self.around = around
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        handle = _HANDLERS.get(func)
-        if handle is not None and func in _NORMS and _in_transform(): handle = None
+        handle = self.handlers.get(func)
         if handle is None: return func(*args, **kwargs) if kwargs else func(*args)
-        return handle(self.watch, *args, **(kwargs or {}))
+        if func in self.around: return handle(args, kwargs or {})
+        if func in _NORMS and _in_transform(): handle = func
+        return handle(*args, **(kwargs or {}))
 
 
 @contextmanager
 def measuring(
     model: nn.Module,
-    watch: NormWatch  # Told of the norm layers that run
+    watch: NormWatch,  # Told of the norm layers that run
+    around: dict[Callable, Callable] = {}  # Further handlers, as `Functions` takes them
 ) -> Iterator[None]:
     "Train mode without dropout. The switches of dropout are put back here. `preserved` puts the modes back."
     was = [(m, k, v) for m in model.modules() for k, v in _switches(m)]
     try:
         model.train()
         for m, k, _ in was: setattr(m, k, False if k == 'training' else 0.)
-        with _Functions(watch): yield
+        with Functions(around, {f: partial(h, watch) for f, h in _HANDLERS.items()}): yield
     finally:
         for m, k, v in was: setattr(m, k, v)
 

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .discovery import Discovery
 from .evidence import Doubt, unusual
 from .feed import Feed
 from .generators import Generators
@@ -24,9 +25,11 @@ from .passes import Passes
 from .preinit import preinitialize
 from .ranks import from_rank_0, in_step, several_ranks
 from .report import LSUVReport, Row
-from .selection import find_units, measurable
+from .selection import find_units, loose_parameters, measurable, wanted
 from .state import Copies, preserved
 from .units import Status, Target, Unit
+from .views import Held
+from .weights import made_of
 
 __all__ = ['lsuv_init', 'layer_stats', 'initialize', 'plain']
 
@@ -104,18 +107,24 @@ def initialize(
     "`lsuv_init` without its warning."
     model = plain(model)
     with Feed(model, batches, n_inp, get_input) as feed:
-        units = in_step(lambda: find_units(model, options.modules))
-        in_step(lambda: [setattr(u, 'target', options.target(u)) for u in units])
-        for u in units:
+        def prepare(u):
+            u.target = options.target(u)
             if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
+
+        loose = loose_parameters(model)
+        units = in_step(lambda: find_units(model, options.modules, loose))
+        in_step(lambda: [prepare(u) for u in units])
+        discovery = Discovery(_but(loose, units), wanted(model, options.modules, units), prepare)
         start = partial(preinitialize, preinit=options.preinit) if options.preinit is not None else None
-        passes,check = Passes(model, units, watch, start),LossCheck(model, loss)
+        passes,check = Passes(model, units, watch, start, discovery),LossCheck(model, loss)
         before,undone = {},''
         try:
             with _as_on_rank_0(model), _preserved(model, units) as kept:
-                passes.rewind = kept.rewind
+                passes.rewind,discovery.own = kept.rewind,kept.own
                 if options.baseline or loss is not None: before = _look(passes, feed, check)
                 n = _run(passes, feed, options.max_iter)
+                if not units: raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer, "
+                                               "and applies no parameter in a linear operation that `modules` selects")
                 kept.rewind()
                 check.take_after()
                 undone = check.failure
@@ -161,16 +170,20 @@ def _run(passes: Passes, feed: Feed, max_iter: int) -> int:
 
 def _preserved(model: nn.Module, units: list[Unit]):
     "Keep everything but the units' weights and biases as it was."
-    def parameters(u): return [p for m in {u.module, u.layer} for p in m.parameters(recurse=m is u.layer)]
-
     def changed(p):
-        if not written: written.update(id(p) for u in units if u.written for p in parameters(u))
+        if not written: written.update(id(p) for u in units if u.written for p in u.parameters)
         return id(p) in written
 
     written: set[int] = set()
     held = [r for u in units for r in u.refs if r.has_setter]
     computed = [u.layer for u in units if not u.left_alone]
-    return preserved(model, [p for u in units for p in parameters(u)], held, computed, changed)
+    return preserved(model, [p for u in units for p in u.parameters], held, computed, changed)
+
+
+def _but(loose: list[Held], units: list[Unit]) -> list[Held]:
+    "The loose parameters that no unit is made of."
+    taken = {id(p) for u in units for p in made_of(u.layer)}
+    return [h for h in loose if id(h.param) not in taken]
 
 
 @contextmanager
@@ -203,9 +216,12 @@ def layer_stats(
     argument."""
     model = plain(model)
     with Feed(model, batch, n_inp, get_input) as feed:
-        units = measurable(model, modules)
-        for u in units: u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
-        passes = Passes(model, units)
+        def prepare(u): u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
+
+        loose = loose_parameters(model)
+        units = measurable(model, modules, loose)
+        for u in units: prepare(u)
+        passes = Passes(model, units, discovery=Discovery(loose, wanted(model, modules, units), prepare))
         with preserved(model), Generators().again(): passes(feed.batch, correct=False)
         return LSUVReport([_row(u, {}) for u in _in_order(passes)], n_passes=1)
 

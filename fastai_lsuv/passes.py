@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .blame import explained
-from .conditions import NormWatch, measuring
+from .conditions import Functions, NormWatch, measuring
+from .discovery import Discovery
 from .evidence import samples_alike
 from .moments import first_tensor
 from .solvers import BetweenPasses, biases, choose_solver, cloned, measure
@@ -28,9 +29,12 @@ class Passes:
         model: nn.Module,
         units: list[Unit],
         watch: Callable[[int, int], object] | None = None,  # Told during a pass how many units of how many have run
-        start: Callable[[Unit], object] | None = None  # Gives a unit its first weights, when it is first called
+        start: Callable[[Unit], object] | None = None,  # Gives a unit its first weights, when it is first called
+        discovery: Discovery | None = None  # Finds further units in the operations of a pass
     ):
         self.model,self.units,self.watch,self.start = model,units,watch,start
+        self.discovery = discovery
+        if discovery is not None: discovery.passes = self
         self.solvers = {u: choose_solver(u) for u in units}
         self.between: dict[Unit, BetweenPasses] = {}  # Of the units that are called several times
         self.owners: dict[Any, Unit] = {}  # Of each weight and bias, the unit that ran first
@@ -51,7 +55,7 @@ class Passes:
         self.begun = True
         self.norms.reset()
         if fresh: self.alike = samples_alike(batch)
-        with self.hooked(), measuring(self.model, self.norms), _eager(): call(self.model, cloned(batch))
+        with self.hooked(), measuring(self.model, self.norms, self._handlers), _eager(): call(self.model, cloned(batch))
         self._forget_stale()
         if correct: self._correct_between()
         for u in self.units: u.end()
@@ -77,15 +81,31 @@ class Passes:
         "Measure the units while `run()` runs the model as it is."
         for u in self.units: u.begin()
         self.correct,self.ran,self.begun = False,0,True
-        with self.hooked(), _eager(): run()
+        with self.hooked(), Functions(self._handlers), _eager(): run()
+
+    @property
+    def _handlers(self) -> dict[Callable, Callable]:
+        "What sees the operations of a pass, by function."
+        return self.discovery.handlers if self.discovery is not None else {}
+
+    def add(self, u: Unit) -> None:
+        "Take in a unit that was found in a pass."
+        self.units.append(u)
+        self.solvers[u] = choose_solver(u)
+
+    @property
+    def busy(self) -> bool:
+        "Whether some unit is being run again."
+        return any(s.running for s in self.solvers.values())
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         "Hooks on each unit. Those that keep the input or the output come ahead of others' hooks, which may change it."
         with ExitStack() as stack:
             def attach(register, f, **kw): stack.callback(register(partial(f, u, s), **kw).remove)
+            stack.callback(self._clear)
             for u, s in self.solvers.items():
-                stack.callback(s.clear)
+                if not u.is_module: continue
                 if s.needs_input:
                     attach(u.module.register_forward_pre_hook, self._keep_input, prepend=True, with_kwargs=True)
                 if s.needs_output: attach(u.module.register_forward_hook, self._keep_output, prepend=True)
@@ -93,16 +113,24 @@ class Passes:
                 attach(u.module.register_forward_hook, self._observe)
             yield
 
-    def _begin(self, u: Unit, solver, module, args) -> None:
+    def _clear(self) -> None:
+        "Let go of what a pass has kept."
+        for s in self.solvers.values(): s.clear()
+        if self.discovery is not None: self.discovery.end()
+
+    def _begin(self, u: Unit, solver, module, args) -> None: self.begin(u)
+
+    def begin(self, u: Unit) -> bool:  # Whether it was given a start
         """Start a unit when it is first called.
 
         A parent may use a weight without calling the unit. Such a unit keeps its weight."""
-        if solver.running or not self.correct or u.started: return
+        if self.start is None or self.solvers[u].running or not self.correct or u.started: return False
         u.started = True
-        if not u.claim(self.owners): return
+        if not u.claim(self.owners): return False
         self.start(u)
         u.changed = True
         torch.clear_autocast_cache()
+        return True
 
     def _keep_input(self, u: Unit, solver, module, args, kwargs) -> None:
         if self.correct and not solver.running: solver.keep_input(args, kwargs)
@@ -110,8 +138,11 @@ class Passes:
     def _keep_output(self, u: Unit, solver, module, args, out) -> None:
         if not solver.running: solver.keep_output(out)
 
-    def _observe(self, u: Unit, solver, module, args, out) -> Any:
-        "The hook on a unit's output: measure it, correct the unit if it is off, and return the corrected output."
+    def _observe(self, u: Unit, solver, module, args, out) -> Any: return self.observe(u, out)
+
+    def observe(self, u: Unit, out: Any) -> Any:  # What to go on with; `None`: `out`
+        "Measure a unit's output, correct the unit if it is off, and return the corrected output."
+        solver = self.solvers[u]
         if solver.running: return None
         with torch._C.DisableTorchFunction():  # what happens in here is not the model's
             due = self._measure(u, first_tensor(out))

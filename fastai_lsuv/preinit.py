@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from .discovery import OperationUnit
 from .orthogonal import orthonormal
 from .ranks import from_rank_0
 from .units import Unit
+from .views import ViewRef
 
 __all__ = ['preinitialize', 'orthogonal_']
 
@@ -56,6 +58,7 @@ def preinitialize(
     preinit: str | Callable[[nn.Module], object]  # "orthogonal", or a function of the layer that holds the weight
 ) -> None:
     "Give `unit` its starting weights, the same on every rank of `torch.distributed`."
+    if isinstance(unit, OperationUnit): return _start_view(unit, preinit)
     layer,was = unit.layer,dict(unit.layer._parameters)
     kept = unit.anothers_bias.copy() if unit.anothers_bias is not None else None
     (orthogonal_ if preinit == 'orthogonal' else preinit)(layer)
@@ -65,3 +68,32 @@ def preinitialize(
             layer._parameters[n] = p
     if kept is not None: unit.anothers_bias.assign(kept)
     from_rank_0(layer.parameters())
+
+
+def _start_view(unit: OperationUnit, preinit: str | Callable[[nn.Module], object]) -> None:
+    """Give a view of a parameter its starting weights, by the fan that it is used with.
+
+    A function gets a linear layer of this weight and bias, one for each matrix."""
+    weight,bias = unit.weight,unit.bias
+    n,rows,cols = weight.shape
+    w = weight.matrices
+    if preinit == 'orthogonal':
+        if not w.any(): return
+        w.copy_(orthonormal(n*rows, cols, groups=n, dtype=w.dtype, device=w.device).view(w.shape))
+        if bias is not None: bias.tensor.zero_()
+    else:
+        parts = [w] if not weight.layout.batch else w.flatten(0, len(weight.layout.batch) - 1)
+        new = [_started(p.reshape(rows, cols) if weight.layout.batch else p, bias, preinit) for p in parts]
+        w.copy_(torch.stack([l.weight for l in new]).view(w.shape))
+        if bias is not None: bias.tensor.copy_(new[0].bias)
+    from_rank_0([weight.tensor, *([bias.tensor] if bias is not None else [])])
+
+
+def _started(weight: Tensor, bias: ViewRef | None, preinit: Callable[[nn.Module], object]) -> nn.Linear:
+    "A linear layer with copies of these that a function has started."
+    layer = nn.utils.skip_init(nn.Linear, 1, 1, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.clone())
+    if bias is not None: layer.bias = nn.Parameter(bias.tensor.clone())
+    layer.in_features,layer.out_features = weight[0].numel(),len(weight)
+    preinit(layer)
+    return layer

@@ -5,20 +5,25 @@ that a module outside of the units holds too is tied."""
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .units import Unit
-from .weights import is_layer
+from .views import Held
+from .weights import is_layer, made_of
 
-__all__ = ['select_modules', 'measurable', 'find_units']
+__all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'wanted', 'RECURRENT']
+
+RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
 
 
 def select_modules(
     model: nn.Module,
-    modules: Any = None  # Types, a predicate of a module, names or globs, modules, or a list; `None`: every layer
+    modules: Any = None,  # Types, a predicate of a module, names or globs, modules, or a list; `None`: every layer
+    loose: Sequence[Held] = ()  # Parameters that an entry may name, or a module may hold, in place of layers
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
     named,what = list(model.named_modules()),type(model).__name__
@@ -26,7 +31,7 @@ def select_modules(
     inside = {id(c): id(m) for _, m in named if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
     if modules is None:
         picked = [(n, m) for n, m in named if is_layer(m) and id(m) not in inside]
-        if picked: return picked
+        if picked or any(h.param.dim() > 1 for h in loose): return picked
         raise ValueError(f"model: {what} has no conv, linear or attention layer; name what to measure with `modules`")
     takes = ("it takes types, a predicate of a module, names or globs as in `named_modules()`, modules, or a list of "
              "these")
@@ -37,12 +42,41 @@ def select_modules(
         test = _matcher(e)
         if test is None: raise TypeError(f"modules: got {e!r} of type {type(e).__name__}; {takes}")
         hits = [m for n, m in named if test(n, m)]
-        if not hits:
+        if not hits and not (isinstance(e, str) and any(_names(e, h.name) for h in loose)):
             of_model = isinstance(e, nn.Module)
             problem = f"{type(e).__name__} is not in the model" if of_model else f"no module of {what} matches {e!r}"
             raise ValueError(f"modules: {problem}; {takes}. Names here: {_some(n for n, _ in named if n)}")
         picked_ids |= {inside.get(id(m), id(m)) for m in hits}
     return [(n, m) for n, m in named if id(m) in picked_ids]
+
+
+def loose_parameters(model: nn.Module) -> list[Held]:
+    "The parameters that no layer of `model` is made of. An operation may take them as its weight or its bias."
+    taken = {id(p) for m in model.modules() if is_layer(m) for p in made_of(m)}
+    modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, RECURRENT)]
+    named = ((n, m, k, p) for n, m in modules for k, p in m._parameters.items() if p is not None)
+    return [Held(f'{n}.{k}' if n else k, m, k, p) for n, m, k, p in named
+            if id(p) not in taken and not is_lazy(p) and p.is_floating_point()]
+
+
+def _names(entry: str, name: str) -> bool:
+    "Whether an entry of `modules` is the name or a glob of a parameter, or of a part of it: `experts.up[3]`."
+    return name == entry or fnmatchcase(name, entry) or entry.startswith(f'{name}[')
+
+
+def wanted(
+    model: nn.Module,
+    modules: Any,  # As in `select_modules`
+    units: Iterable[Unit]  # The modules that are measured
+) -> Callable[[str, nn.Module], bool]:
+    "Which units that operations show are selected: by their name, or by a module that holds them and is no unit."
+    if modules is None: return lambda name, module: True
+    entries = list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
+    names,tests = [e for e in entries if isinstance(e, str)],[_matcher(e) for e in entries]
+    measured = {id(u.module) for u in units if not isinstance(u.module, nn.MultiheadAttention)}
+    holders = [m for n, m in model.named_modules() if id(m) not in measured and any(t(n, m) for t in tests)]
+    held = {id(c) for m in holders for c in m.modules()}
+    return lambda name, module: id(module) in held or any(name == n or fnmatchcase(name, n) for n in names)
 
 
 def _matcher(entry: Any) -> Callable[[str, nn.Module], bool] | None:
@@ -67,14 +101,15 @@ def _some(names: Iterable[str], most: int = 8) -> str:
 
 def measurable(
     model: nn.Module,
-    modules: Any = None  # As in `select_modules`
+    modules: Any = None,  # As in `select_modules`
+    loose: Sequence[Held] = ()  # As in `select_modules`
 ) -> list[Unit]:
     "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
-    for n, m in model.named_modules() if modules is None else select_modules(model, modules):
+    for n, m in model.named_modules() if modules is None else select_modules(model, modules, loose):
         if _is_compiled_layer(m):
             raise TypeError(f"model: {n or 'it'!r} is a {m.original_name} compiled by torch.jit, which Python hooks do "
                             "not reach; initialize the model first, then script or trace it")
-    units = [Unit(n, m) for n, m in select_modules(model, modules)]
+    units = [Unit(n, m) for n, m in select_modules(model, modules, loose)]
     for u in units:
         for r in u.refs:
             if r.tensor is not None and r.tensor.is_complex():
@@ -85,13 +120,17 @@ def measurable(
 
 def find_units(
     model: nn.Module,
-    modules: Any = None  # As in `select_modules`
+    modules: Any = None,  # As in `select_modules`
+    loose: Sequence[Held] = ()  # As in `select_modules`
 ) -> list[Unit]:
     """The units of `model`, in order of registration, each with what it owns or why it is left alone.
 
+    A module that holds no layer, but loose parameters, is no unit: the operations on them are.
+
     Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one,
     and `TypeError` as `measurable` does."""
-    units = measurable(model, modules)
+    units,holders = measurable(model, modules, loose),{id(h.module) for h in loose if h.param.dim() > 1}
+    units = [u for u in units if u.layer is not None or holders.isdisjoint(map(id, u.module.modules()))]
     for u in units:
         if u.layer is None:
             raise ValueError(f"modules: {u.name!r} ({u.kind}) holds no conv, linear or attention layer, nor a "

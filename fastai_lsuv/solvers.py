@@ -8,7 +8,7 @@ output in place. `RunAgain` is for every other unit. It runs the unit again on t
 unit that turns out to be called several times gets the last, after the second pass on (`after_pass`)."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def measure(
 
 def biases(u: Unit) -> np.ndarray:
     "The bias of an affine unit: (C,) float64, or a number if it has none or all are the same."
-    b = getattr(u.layer, 'bias', None)
+    b = u.added
     if b is None: return np.float64(0)
     b = b.detach().to('cpu', torch.float64, copy=True).numpy()
     return b[0] if (b == b[0]).all() else b
@@ -78,7 +78,8 @@ class RunAgain:
     def __init__(self, unit: Unit):
         self.unit,self.running,self.given = unit,False,None
         # A container, or another's hook, may overwrite what the unit is given before the unit runs again.
-        self.copies = not is_layer(unit.module) or bool(unit.module._forward_pre_hooks)
+        self.copies = unit.is_module and (not is_layer(unit.module) or bool(unit.module._forward_pre_hooks))
+        self.call: Callable[..., Any] = unit.module
 
     def keep_input(self, args: tuple, kwargs: dict) -> None:
         self.given = cloned((args, kwargs)) if self.copies else (args, kwargs)
@@ -89,7 +90,7 @@ class RunAgain:
         "What the unit puts out for the input it was given."
         args,kwargs = cloned(self.given) if self.copies else self.given
         self.running = True
-        try: return self.unit.module(*args, **kwargs)
+        try: return self.call(*args, **kwargs)
         finally: self.running = False
 
     def observe(self, out: Any) -> Any:  # The output to go on with, or `None` for `out`
@@ -167,7 +168,7 @@ class ClosedForm:
     Another's forward hook may change the output, which is then no longer affine in the weight: the unit runs again."""
     def __init__(self, unit: Unit):
         self.unit,self.raw = unit,None
-        hooked = bool(unit.module._forward_hooks)
+        hooked = unit.is_module and bool(unit.module._forward_hooks)
         self.fallback = RunAgain(unit) if hooked else None
         self.needs_input = self.needs_output = hooked
 

@@ -134,6 +134,14 @@ class _Parameters:
         self.grads = [_Grad(p, f'{self.names[i]}.grad') for i, p in by_id.items() if p.is_leaf]
 
 
+    def own(self, params: list[nn.Parameter]) -> None:
+        "Own further parameters. None has changed since it was first seen."
+        new = {id(p): p for p in params if id(p) not in {id(i.of) for i in self.owned}}
+        self.owned += Copies(new.values(), self.names).items
+        self.others = [i for i in self.others if id(i.of) not in new]
+        self.large = [i for i in self.large if id(i.of) not in new]
+
+
 def _may_be_written(m: nn.Module, p: nn.Parameter) -> bool:
     """Whether `m` may write to its own parameter as it runs: an embedding to keep its norm, a small one to take its
     start from data."""
@@ -154,6 +162,10 @@ class Preserved:
         self.rest = Snapshot([m for _, m in named], self.params.memory, names=[n for n, _ in named]).items
         self.values = _values(self.held)
         for g in self.params.grads: g.of.grad = None
+
+    def own(self, params: list[nn.Parameter]) -> None:
+        "Let these parameters change, too, from now on."
+        self.params.own(params)
 
     def rewind(self, and_then: Iterable[Item] = ()) -> None:
         "Put back all but what may change, so that the next pass begins as the first did."

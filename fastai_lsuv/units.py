@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .evidence import Doubt, doubt, mean_tolerance, varies
 from .loops import Loops
 from .moments import Moments, pool
-from .weights import WeightRef, parts_of
+from .weights import Parts, WeightRef, parts_of
 
 __all__ = ['Status', 'Target', 'Observation', 'Unit']
 
@@ -106,12 +106,15 @@ class Unit:
     """A module whose output is measured, with the weight and the bias that it owns.
 
     `weights.parts_of` says which these are."""
+    is_module = True  # Whether a call of the module puts out what is measured
+
     def __init__(self,
         name: str,  # As in `named_modules()`
-        module: nn.Module
+        module: nn.Module,
+        parts: Parts | None = None  # What its output is made with; by default what `parts_of` finds
     ):
         self.name,self.module,self.kind = name,module,type(module).__name__
-        parts = parts_of(module)
+        parts = parts or parts_of(module)
         self.layer,self.channel_dim,self.affine = parts.layer,parts.channel_dim,parts.affine
         self.weights,self.bias = parts.weights,parts.bias
         self.anothers_bias: WeightRef | None = None  # A bias that a unit before this one owns
@@ -135,6 +138,19 @@ class Unit:
 
     @property
     def refs(self) -> list[WeightRef]: return [*self.weights, *([self.bias] if self.bias else [])]
+
+    @property
+    def added(self) -> Tensor | None:
+        "The bias that is in the output, whoever owns it."
+        return getattr(self.layer, 'bias', None)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        "The parameters that may change with it."
+        return [p for m in {self.module, self.layer} for p in m.parameters(recurse=m is self.layer)]
+
+    @property
+    def _layers_own(self) -> Iterable[nn.Parameter | None]: return self.layer._parameters.values()
 
     @property
     def can_shift(self) -> bool: return self.bias is not None and not self.immovable
@@ -216,7 +232,7 @@ class Unit:
     def finish(self) -> None:
         "Tell autograd, and all who look at a tensor's version, that the weights and biases have been written."
         if not self.written: return
-        for t in {*self.layer._parameters.values(), *(r.value for r in self.refs if not r.has_setter)}:
+        for t in {*self._layers_own, *(r.value for r in self.refs if not r.has_setter)}:
             if isinstance(t, Tensor) and not t.is_inference():
                 torch.autograd.graph.increment_version(t)
 

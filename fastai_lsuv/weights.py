@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-__all__ = ['Kind', 'KINDS', 'is_layer', 'WeightRef', 'Parts', 'parts_of']
+__all__ = ['Kind', 'KINDS', 'is_layer', 'WeightRef', 'Parts', 'parts_of', 'made_of']
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,10 @@ class WeightRef:
         return x.reshape(*x.shape, *[1]*(v.dim() - x.dim())).to(v)
 
 
+# The weight and the bias of a layer, and what hooks compute a weight from
+_MADE_OF = ('weight', 'bias', 'weight_g', 'weight_v', 'weight_orig')
+
+
 def _own(module: nn.Module, name: str) -> list[WeightRef]:
     "The weight or bias that `module` itself has by this name, if any."
     v = getattr(module, name, None)
@@ -162,6 +167,14 @@ def _weights_of(layer: nn.Module) -> list[WeightRef]:
     # A subclass that standardizes its weight is scaled by its gain, one number a channel.
     gains = [n for n, p in layer._parameters.items() if n not in ('weight', 'bias') and p is not None]
     return refs + [WeightRef(layer, n) for n in gains if layer._parameters[n].numel() in (1, layer.weight.shape[0])]
+
+
+def made_of(layer: nn.Module) -> list[nn.Parameter]:
+    "The parameters that a layer's output is made with: weight and bias, what they are computed from, and gains."
+    named = {n: p for n, p in layer._parameters.items() if p is not None and not is_lazy(p)}
+    computed = list(layer.parametrizations.parameters()) if parametrize.is_parametrized(layer) else []
+    if not _is_affine(layer): computed += [r.value for r in _weights_of(layer) if isinstance(r.value, nn.Parameter)]
+    return [p for n, p in named.items() if n in _MADE_OF] + computed
 
 
 @dataclass

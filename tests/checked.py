@@ -3,6 +3,7 @@ import warnings
 from copy import deepcopy
 
 import torch
+from judging import judge
 from torch import nn
 
 from fastai_lsuv import lsuv_init
@@ -26,7 +27,10 @@ def init(model, batch, **kwargs):
 
 @torch.no_grad()
 def stds_by_name(model, batch, names):
-    "The std of what the modules of these names put out in training, over all their calls."
+    "The std of what the modules and the operations of these names put out in training, over all their calls."
+    of_operations = set(names) - {n for n, _ in model.named_modules()}
+    judged = judge(deepcopy(model), batch) if of_operations else {}
+    names = [n for n in names if n not in of_operations]
     outs,model = {n: [] for n in names},deepcopy(model).train()
     for m in model.modules():
         if isinstance(m, nn.MultiheadAttention):
@@ -35,7 +39,8 @@ def stds_by_name(model, batch, names):
         def keep(m, args, out, to=outs[n]): to.append(out[0] if isinstance(out, tuple) else out.clone())
         model.get_submodule(n).register_forward_hook(keep)
     model(*batch) if isinstance(batch, tuple) else model(batch)
-    return {n: torch.cat([o.flatten() for o in outs[n]]).double().std().item() for n in names if outs[n]}
+    stds = {n: torch.cat([o.flatten() for o in outs[n]]).double().std().item() for n in names if outs[n]}
+    return stds | {n: s for n, s in judged.items() if n in of_operations}
 
 
 def statuses(rows): return {n: r.status for n, r in rows.items()}

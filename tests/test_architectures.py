@@ -4,51 +4,13 @@ from __future__ import annotations
 import warnings
 
 import pytest
-import torch
+from judging import judge
 from networks import NETWORKS
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from fastai_lsuv import lsuv_init
 
 MOST_PASSES = 5
 SHARE_REACHED = 0.985
-
-
-@torch.no_grad()
-def judge(model, batch):
-    """Std of each conv, linear, bilinear and attention layer that runs, over all its calls.
-
-    The model trains, but without dropout."""
-    model = getattr(model, '_orig_mod', model)
-    model.train()
-    for m in model.modules():
-        if 'Drop' in type(m).__name__ or 'Stochastic' in type(m).__name__:
-            m.training = False
-            for p in ('p', 'drop_prob'):
-                if hasattr(m, p):
-                    setattr(m, p, 0.)
-        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
-            m.dropout = 0.
-        if hasattr(m, 'drop_rate'):
-            m.drop_rate = 0.  # timm's models hand it to `F.dropout`
-    inside = {c for m in model.modules() if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
-    seen = {}
-    def see(name):
-        def hook(m, args, out):
-            x = (out[0] if isinstance(out, tuple) else out).detach().as_subclass(torch.Tensor).double()
-            n, s, q = seen.get(name, (0, 0., 0.))
-            seen[name] = n + x.numel(), s + x.sum().item(), q + x.square().sum().item()
-        return hook
-    hooks = [m.register_forward_hook(see(n)) for n, m in model.named_modules()
-             if isinstance(m, (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)) and m not in inside]
-    if isinstance(batch, dict):
-        model(**batch)
-    else:
-        model(*batch) if isinstance(batch, tuple) else model(batch)
-    for h in hooks:
-        h.remove()
-    return {k: max(q/n - (s/n)**2, 0.)**0.5 for k, (n, s, q) in seen.items()}
 
 
 RESULTS = {}  # Of each network: the std of each layer as judged, and how many of them are in tolerance

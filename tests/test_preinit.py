@@ -78,7 +78,11 @@ def test_preinit_functions():
     attending = Mod(lambda self, x: self.attn(x, x, x)[0], attn=nn.MultiheadAttention(4, 2, batch_first=True))
     net = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), attending)
     init(net, torch.randn(8, 5, 16), preinit=start)
-    assert started == [net[0], net[2].attn.out_proj] and (net[0].weight[0] == -net[0].weight[1]).all()
+    layers = [m for m in started if m in set(net.modules())]
+    assert layers == [net[0], net[2].attn.out_proj] and (net[0].weight[0] == -net[0].weight[1]).all()
+    others = [m for m in started if m not in layers]  # stand for the projections of query, key and value
+    assert [type(m) for m in others] == [nn.Linear]*3 and all(m.weight.shape == (4, 4) for m in others)
+    assert (net[2].attn.in_proj_weight[8] == -net[2].attn.in_proj_weight[9]).all()
 
 
 def test_a_preinit_that_puts_new_parameters_in_place_of_the_old():

@@ -1,0 +1,219 @@
+"""Units that are found by what operates on a weight: `Discovery` sees the linear operations of a pass.
+
+A model may hold weights in no conv or linear layer: experts in one parameter, a library's own linear layer, `x @ w`.
+Where a linear operation takes such a parameter or a view of it, the view is an `OperationUnit`. It is started before
+the operation runs, and measured and corrected after it, as a layer is by its hooks."""
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .operations import COPIES, GROUPED, OPERATIONS, Call, Layout
+from .units import Unit
+from .views import Copy, Held, Sources, View, ViewRef
+from .weights import Parts
+
+if TYPE_CHECKING: from .passes import Passes
+
+__all__ = ['OperationUnit', 'Discovery']
+
+
+class OperationUnit(Unit):
+    "A view of a parameter that linear operations take as their weight. What they put out is measured."
+    is_module = False
+
+    def __init__(self, name: str, view: View, layout: Layout, bias: View | None, affine: bool):
+        weight,bias = ViewRef(view, layout),ViewRef(bias) if bias is not None else None
+        frozen = weight.frozen()
+        if bias is not None and bias.frozen(): bias = None
+        super().__init__(name, view.held.module, Parts(view.held.module, [] if frozen else [weight], bias, frozen,
+                                                       layout.channel_dim, affine))
+        self.weight,self.given_bias = weight,None
+
+    @property
+    def added(self) -> Tensor | None: return self.given_bias
+
+    @property
+    def parameters(self) -> list[nn.Parameter]: return [r.value for r in (self.weight, self.bias) if r is not None]
+
+    @property
+    def _layers_own(self) -> Iterable[nn.Parameter]: return ()
+
+
+@dataclass
+class Use:
+    "One use of a unit by an operation."
+    unit: OperationUnit
+    layout: Layout
+    bias: Tensor | None  # What is added
+    copies: list[Copy]  # Copies of the weight and the bias that the operation takes
+    rows: slice | None = None  # Which rows of the output are the unit's; `None`: all
+
+    def refresh(self) -> None:
+        for c in self.copies: c.refresh()
+
+
+class Discovery:
+    """Finds the units in the linear operations on parameters that no other unit owns.
+
+    `handlers` are to see the functions that the model calls. They show each unit to `passes`."""
+    def __init__(self,
+        held: Iterable[Held],  # The parameters that may be found
+        selects: Callable[[str, nn.Module], bool],  # Whether a unit is wanted, by its name and the module that holds it
+        prepare: Callable[[Unit], object]  # Gives a unit its target, and says whether it is left alone
+    ):
+        self.sources,self.selects,self.prepare = Sources(held),selects,prepare
+        self.units: dict[Any, OperationUnit] = {}
+        self.declined: set[int] = set()  # Parameters in units that are not wanted
+        self.passes: Passes | None = None
+        self.own: Callable[[list[nn.Parameter]], object] = lambda params: None  # Called before parameters change
+
+    @property
+    def handlers(self) -> dict[Callable, Callable]:
+        "By function: what is called in its place, with what runs it, its arguments and its keyword arguments."
+        if not self.sources.by_id: return {}
+        return {**{f: partial(self._operation, f) for f in OPERATIONS}, **{f: partial(self._copy, f) for f in COPIES},
+                F.multi_head_attention_forward: self._attention}
+
+    def end(self) -> None:
+        "End a pass."
+        self.sources.copies = {}
+
+    # ---- Handlers
+
+    def _copy(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
+        out = run(*args, **kwargs)
+        if not self._idle(): self.sources.note(out, args, COPIES[func])
+        return out
+
+    def _operation(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
+        uses = self._uses(func, args, kwargs)
+        return self._show(uses, partial(run, *args, **kwargs)) if uses else run(*args, **kwargs)
+
+    def _attention(self, run: Callable, args: tuple, kwargs: dict) -> Any:
+        "Attention projects its inputs out of sight. The same is done here before, to measure and correct it."
+        if not self._idle():
+            for x, w, b, name in _projections(_SIGNATURE.bind(*args, **kwargs).arguments):
+                view = self.sources.find(w)
+                if view is None: continue
+                if name: name = f'{view.held.name}[{name}]'
+                layout = OPERATIONS[F.linear].call((x, w, b), {}).layout('weight')
+                uses = self._use(view, layout, b, name=name)
+                if uses: self._show(uses, partial(F.linear, x, w, b))
+        return run(*args, **kwargs)
+
+    def _show(self, uses: list[Use], run: Callable[[], Any]) -> Any:
+        "Run an operation whose weights are units, and show the passes what it puts out."
+        for u in uses: self._before(u)
+        out = run()
+        for u in uses: out = self._after(u, out, run)
+        return out
+
+    def _idle(self) -> bool:
+        "Whether nothing is to be looked at: a unit is run again, or a transform of `torch.func` runs."
+        return self.passes.busy or torch._C._functorch.peek_interpreter_stack() is not None
+
+    def _before(self, use: Use) -> None:
+        if self.passes.begin(use.unit): use.refresh()
+
+    def _after(self, use: Use, out: Any, again: Callable[[], Any]) -> Any:
+        u = use.unit
+        u.channel_dim,u.given_bias = use.layout.channel_dim,use.bias
+        solver = self.passes.solvers[u]
+
+        def run_again():
+            use.refresh()
+            return again()
+
+        if not u.affine: solver.given,solver.call = ((), {}),run_again
+        part = out if use.rows is None else out[use.rows]
+        new = self.passes.observe(u, part)
+        if u.changed: use.refresh()
+        return out if new is None else new
+
+    # ---- What an operation uses
+
+    def _uses(self, func: Callable, args: tuple, kwargs: dict) -> list[Use]:
+        "The units that an operation uses."
+        if self._idle(): return []
+        find = self.sources.find
+        flat = [a for o in args for a in (o if isinstance(o, (list, tuple)) else (o,))] + list(kwargs.values())
+        if not any(isinstance(t, Tensor) and find(t) is not None for t in flat): return []
+        call = OPERATIONS[func].call(args, kwargs)
+        found = {n: v for n in call.operation.weights.split() if (v := find(call.given.get(n))) is not None}
+        if len(found) != 1: return []
+        (name, view), = found.items()
+        layout = call.layout(name)
+        if layout is None or not self._has_input(call, name): return []
+        if func in GROUPED: return self._grouped(call, view, layout)
+        bias = call.bias
+        plain = bias is None or call.plain and (call.operation.sure or _is_row(bias, layout))
+        return self._use(view, layout, bias, plain)
+
+    def _has_input(self, call: Call, name: str) -> bool:
+        "Whether anything but weights goes into the operation. A product of weights is no activation."
+        others = [t for n, t in call.given.items() if n not in (name, call.operation.bias) and isinstance(t, Tensor)]
+        views = [self.sources.find(t) for t in others]
+        return any(v is None or 0 in v.stride or len(v.size) > 2 for v in views)
+
+    def _use(self, view: View, layout: Layout, bias: Tensor | None = None, plain: bool = True,
+             rows: slice | None = None, name: str = '') -> list[Use]:
+        "One use of a view as a weight, if it is one that is wanted."
+        view = view.once()
+        key = view.key((*layout.out, *layout.batch)) if layout.split == 1 else view.key()
+        added = self.sources.find(bias)
+        copies = [v.copy for v in (view, added) if v is not None and v.copy is not None]
+        u = self.units.get(key)
+        if u is None:
+            u = self._new(name or view.name, view, layout, added.flat() if added is not None else None, plain)
+            if u is None: return []
+            self.units[key] = u
+        return [Use(u, layout, bias.detach().flatten() if bias is not None else None, copies, rows)]
+
+    def _new(self, name: str, view: View, layout: Layout, bias: View | None, affine: bool) -> OperationUnit | None:
+        if not self.selects(name, view.held.module):
+            self.declined.add(id(view.held.param))
+            return None
+        others = [u.weight.view for u in self.units.values() if u.weight.value is view.held.param]
+        taken = {u.name for u in self.units.values()}
+        if name in taken: name = next(n for i in range(2, len(taken) + 3) if (n := f'{name} ({i})') not in taken)
+        u = OperationUnit(name, view, layout, bias, affine)
+        tied = isinstance(view.held.module, (nn.Embedding, nn.EmbeddingBag)) or any(map(view.overlaps, others))
+        if tied and not u.left_alone: u.left_alone = 'tied'
+        self.prepare(u)
+        if not u.left_alone: self.own(u.parameters)
+        self.passes.add(u)
+        return u
+
+    def _grouped(self, call: Call, view: View, layout: Layout) -> list[Use]:
+        "A use for each expert, whose rows lie one after the other."
+        uses,start = [],0
+        for i, end in enumerate(call.given['offs'].tolist()):
+            one = View(view.held, view.offset + i*view.stride[0], view.size[1:], view.stride[1:], view.copy)
+            if end > start: uses += self._use(one, layout, rows=slice(start, end))
+            start = end
+        return uses
+
+
+def _is_row(bias: Tensor, layout: Layout) -> bool:
+    "Whether a bias that may have any shape has one number a channel."
+    return layout.channel_dim == -1 and bias.dim() > 0 and bias.numel() == bias.shape[-1]
+
+
+_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+
+
+def _projections(given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, Tensor | None, str]]:
+    "Input, weight and bias of the projections of attention, each with its letter if one parameter holds all three."
+    e,separate = given['embed_dim_to_check'],given.get('use_separate_proj_weight', False)
+    for i, (letter, x) in enumerate(zip('qkv', (given['query'], given['key'], given['value']))):
+        rows,bias = slice(i*e, (i + 1)*e),given['in_proj_bias']
+        weight = given[f'{letter}_proj_weight'] if separate else given['in_proj_weight'][rows]
+        x = x.transpose(0, 1) if x.dim() == 3 else x  # samples first
+        yield x, weight, bias[rows] if bias is not None else None, '' if separate else letter

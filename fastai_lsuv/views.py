@@ -1,0 +1,223 @@
+"""Where the numbers of a tensor come from: `Sources` finds the parameter that a tensor is a view or a copy of.
+
+A `View` is a parameter or a part of one: an expert's slice, a transposed weight. It is known by its parameter, offset,
+sizes and strides. `ViewRef` reads, scales and shifts it, as `WeightRef` does a whole one."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
+
+from .operations import Layout
+from .weights import WeightRef
+
+__all__ = ['Held', 'View', 'ViewRef', 'Copy', 'Sources']
+
+
+@dataclass(frozen=True)
+class Held:
+    "A parameter, and the module that holds it."
+    name: str  # As in `named_parameters()`
+    module: nn.Module
+    attribute: str
+    param: nn.Parameter
+
+
+@dataclass
+class Copy:
+    "A tensor that was computed from a view of a parameter, converted or multiplied by a number."
+    ref: TensorWeakRef
+    source: Tensor  # The view, or another copy
+    factor: Any  # The number, or a tensor of one
+    of: View  # The elements that it is a copy of, in its own shape
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        "Compute it again, once the parameter has changed."
+        if self.of.copy is not None: self.of.copy.refresh()
+        if (copy := self.ref()) is not None: copy.data.copy_(self.source.detach()*self.factor)
+
+
+@dataclass(frozen=True)
+class View:
+    "Elements of a parameter, in the order that an operation sees them."
+    held: Held
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    copy: Copy | None = field(default=None, compare=False)  # The copy that the operation was given, if it was one
+
+    @property
+    def tensor(self) -> Tensor: return self.held.param.data.as_strided(self.size, self.stride, self.offset)
+
+    @property
+    def count(self) -> int: return math.prod(self.size)
+
+    @property
+    def whole(self) -> bool: return self.count == self.held.param.numel()
+
+    @property
+    def end(self) -> int:
+        "The element after its last."
+        return self.offset + sum((n - 1)*s for n, s in zip(self.size, self.stride)) + 1
+
+    def once(self) -> View:
+        "Without the dimensions along which it repeats."
+        size = tuple(1 if s == 0 else n for n, s in zip(self.size, self.stride))
+        return View(self.held, self.offset, size, self.stride, self.copy)
+
+    def flat(self) -> View:
+        "Without the dimensions of one element, of a bias."
+        kept = [d for d, n in enumerate(self.size) if n > 1] or [len(self.size) - 1]
+        size,stride = (tuple(of[d] for d in kept) for of in (self.size, self.stride))
+        return View(self.held, self.offset, size, stride, self.copy)
+
+    def key(self, dims: Iterable[int] = ()) -> Any:
+        "Identifies the elements, and those among their dimensions that are named."
+        steps = [(n, s) for n, s in zip(self.size, self.stride) if n > 1]
+        named = [s for d in dims if self.size[d] > 1 for s in [self.stride[d]]]
+        return id(self.held.param), self.offset, frozenset(steps), frozenset(named)
+
+    def overlaps(self, other: View) -> bool:
+        "Whether some element is in both."
+        if self.end <= other.offset or other.end <= self.offset: return False
+        first = min(self.offset, other.offset)
+        marks = torch.zeros(max(self.end, other.end) - first, dtype=torch.bool)
+        marks.as_strided(self.size, self.stride, self.offset - first).fill_(True)
+        return bool(marks.as_strided(other.size, other.stride, other.offset - first).any())
+
+    @property
+    def name(self) -> str:
+        "The parameter's name, with an index if the view is a part of it: `experts.up[3]`, `qkv[:, 0:64]`."
+        return self.held.name if self.whole else f'{self.held.name}[{self._index()}]'
+
+    def _index(self) -> str:
+        p = self.held.param
+        first = self.offset - p.storage_offset()
+        start = _place(first, p.shape, p.stride())
+        parts = [':' if n == 1 else str(i) for i, n in zip(start, p.shape)]
+        for n, s in zip(self.size, self.stride):
+            if n == 1: continue
+            d = next((d for d in range(p.dim()) if p.stride(d) == s and p.shape[d] > 1), None)
+            if d is None or start[d] + n > p.shape[d]: return f'{first}:{self.end - self.offset + first} of all'
+            parts[d] = ':' if n == p.shape[d] else f'{start[d]}:{start[d] + n}'
+        while parts[-1] == ':': parts.pop()
+        return ', '.join(parts)
+
+    def index(self) -> int | None:
+        "Which slice along dimension 0 it is, if it is one."
+        p = self.held.param
+        first = self.offset - p.storage_offset()
+        is_slice = p.dim() > 2 and p.is_contiguous() and self.count == p.stride(0) == self.end - self.offset
+        return first//p.stride(0) if is_slice and first % p.stride(0) == 0 else None
+
+
+def _place(offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> list[int]:
+    "The index of the element at `offset` in memory."
+    place = [0]*len(size)
+    for d in sorted(range(len(size)), key=lambda d: -stride[d]):
+        if size[d] > 1 and stride[d]: place[d],offset = divmod(offset, stride[d])
+    return place
+
+
+def _part(t: Tensor, base: Tensor, copy: Copy) -> View | None:
+    "The elements that `t` holds, a view of the copy `base`; `None` if they lie in no even steps."
+    size,stride,of = base.shape,base.stride(),copy.of
+    first = t.storage_offset() - base.storage_offset()
+    start,steps = _place(first, size, stride),[]
+    for n, s in zip(t.shape, t.stride()):
+        step = _place(s, size, stride) if n > 1 else [0]*len(size)
+        last = _place(first + s*(n - 1), size, stride)
+        if last != [a + (n - 1)*b for a, b in zip(start, step)]: return None
+        steps.append(sum(b*r for b, r in zip(step, of.stride)))
+    offset = of.offset + sum(a*r for a, r in zip(start, of.stride))
+    return View(of.held, offset, tuple(t.shape), tuple(steps), copy)
+
+
+class ViewRef(WeightRef):
+    "A view of a parameter, as a weight or a bias that a unit is made of."
+    def __init__(self,
+        view: View,
+        layout: Layout | None = None  # What its dimensions are for; `None` for a bias, of one dimension
+    ):
+        super().__init__(view.held.module, view.held.attribute)
+        self.view,self.layout = view,layout or Layout((0,), (), (), (0,), -1)
+        self.has_setter = False
+
+    @property
+    def value(self) -> nn.Parameter: return self.view.held.param
+
+    @property
+    def tensor(self) -> Tensor: return self.layout.of(self.view.tensor)
+
+    @property
+    def key(self) -> Any: return self.view.key()
+
+    @property
+    def matrices(self) -> Tensor:
+        "The weight with its dimensions in this order: batch, output, input."
+        l = self.layout
+        return self.tensor.permute(*l.batch, *l.out, *l.fan_in)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        "How many matrices, and the rows and columns of each."
+        w,l = self.tensor,self.layout
+        batch,out,cols = (math.prod(w.shape[d] for d in dims) for dims in (l.batch, l.out, l.fan_in))
+        return batch*l.groups, out//l.groups, cols
+
+    def size(self) -> float:
+        n,rows,cols = self.shape
+        return torch.linalg.vector_norm(self.tensor.float()).item()/(n*min(rows, cols))**0.5
+
+    def _by_channel(self, by: np.ndarray) -> Tensor | float:
+        if by.size == 1: return by.item()
+        w,dims = self.tensor,self.layout.channels
+        if by.size != math.prod(w.shape[d] for d in dims):
+            raise ValueError(f"per_channel: {self.view.name} does not hold a value for each of {by.size} channels; "
+                             "pass per_channel=False, or leave it out with `modules`")
+        return torch.from_numpy(by).reshape([n if d in dims else 1 for d, n in enumerate(w.shape)]).to(w)
+
+
+class Sources:
+    "Parameters that a tensor may come from."
+    def __init__(self, held: Iterable[Held]):
+        self.by_id = {id(h.param): h for h in held}
+        self.by_storage: dict[int, list[Held]] = {}
+        for h in self.by_id.values(): self.by_storage.setdefault(h.param.untyped_storage()._cdata, []).append(h)
+        self.copies: dict[int, Copy] = {}
+
+    def find(self, t: Any) -> View | None:
+        "The elements of a parameter that `t` holds, as they are or as a copy; `None` if it holds others."
+        if type(t) is nn.Parameter:
+            h = self.by_id.get(id(t))
+            return View(h, t.storage_offset(), tuple(t.shape), t.stride()) if h is not None else None
+        if type(t) is not Tensor: return None
+        try: held = self.by_storage.get(t.untyped_storage()._cdata)
+        except RuntimeError: return None  # a sparse tensor has no storage
+        if held is not None:
+            at = t.storage_offset()
+            h = next((h for h in held if 0 <= at - h.param.storage_offset() < h.param.numel()), None)
+            return View(h, at, tuple(t.shape), t.stride()) if h is not None else None
+        if not self.copies: return None
+        base = t._base if t._is_view() else t
+        c = self.copies.get(id(base))
+        return _part(t, base, c) if c is not None and c.ref() is base else None
+
+    def note(self,
+        out: Any,  # What a function of `operations.COPIES` has returned
+        args: tuple,  # What it was given
+        factor: Callable[[tuple, Any], Any]  # The number it multiplies by, or `None`
+    ) -> None:
+        "Note `out` as a copy, if it is one of a view."
+        if type(out) is not Tensor or not out.is_floating_point() or self.find(out) is not None: return
+        for t in args[:2]:
+            of,by = self.find(t),factor(args, t)
+            if of is None or by is None or t.shape != out.shape: continue
+            self.copies[id(out)] = Copy(TensorWeakRef(out), t.detach(), by, of)
+            return

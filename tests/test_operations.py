@@ -1,0 +1,124 @@
+"Units that are found by what operates on a weight, judged by a mode that knows nothing of the package."
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastai_lsuv import lsuv_init
+
+
+def param(*shape): return nn.Parameter(torch.randn(*shape)*0.02)
+
+
+class Net(nn.Module):
+    "Parameters by name, and a forward that is a function of them and the input."
+    def __init__(self, forward, **params):
+        super().__init__()
+        self.f = forward
+        for n, p in params.items(): setattr(self, n, p)
+    def forward(self, *args): return self.f(self, *args)
+
+
+def x(n=256, width=16): return torch.randn(n, width)*3
+
+
+def quiet(f, *args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return f(*args, **kwargs)
+
+
+FORMS = {  # By name: the forward, the shape of `w`, the shape of `b` or `None`, and how the row is named
+    'F.linear': (lambda m, x: F.linear(x, m.w, m.b), (24, 16), (24,), 'w'),
+    'F.linear by name': (lambda m, x: F.linear(x, bias=m.b, weight=m.w), (24, 16), (24,), 'w'),
+    '@': (lambda m, x: x @ m.w, (16, 24), None, 'w'),
+    '@ from the left': (lambda m, x: m.w @ x.T, (24, 16), None, 'w'),
+    '@ transposed': (lambda m, x: x @ m.w.T, (24, 16), None, 'w'),
+    'matmul': (lambda m, x: torch.matmul(x[:, None], m.w), (16, 24), None, 'w'),
+    'mm': (lambda m, x: torch.mm(x, m.w), (16, 24), None, 'w'),
+    'x.mm': (lambda m, x: x.mm(m.w), (16, 24), None, 'w'),
+    'addmm': (lambda m, x: torch.addmm(m.b, x, m.w), (16, 24), (24,), 'w'),
+    'addmm with a row': (lambda m, x: torch.addmm(m.b[None], x, m.w), (16, 24), (24,), 'w'),
+    'addmm with factors': (lambda m, x: torch.addmm(m.b, x, m.w, beta=0.5, alpha=2), (16, 24), (24,), 'w'),
+    'bmm': (lambda m, x: torch.bmm(x.view(-1, 4, 4).transpose(0, 1), m.w), (4, 4, 12), None, 'w'),
+    'baddbmm': (lambda m, x: torch.baddbmm(m.b, x.view(-1, 4, 4).transpose(0, 1), m.w), (4, 4, 12), (4, 1, 12), 'w'),
+    'einsum': (lambda m, x: torch.einsum('ni,oi->no', x, m.w), (24, 16), None, 'w'),
+    'einsum into heads': (lambda m, x: torch.einsum('bi, ihd', x, m.w), (16, 3, 8), None, 'w'),
+    'einsum with an ellipsis': (lambda m, x: torch.einsum('...i,io->...o', x[:, None], m.w), (16, 24), None, 'w'),
+    'einsum from a list': (lambda m, x: torch.einsum('ni,io->no', [x, m.w]), (16, 24), None, 'w'),
+    'einsum by head': (lambda m, x: torch.einsum('bhi,hio->bho', x.view(-1, 2, 8), m.w), (2, 8, 12), None, 'w'),
+    'tensordot': (lambda m, x: torch.tensordot(x, m.w, dims=([1], [1])), (24, 16), None, 'w'),
+    'conv1d': (lambda m, x: F.conv1d(x[:, None], m.w, m.b, padding=1), (6, 1, 3), (6,), 'w'),
+    'conv2d in groups': (lambda m, x: F.conv2d(x.view(-1, 4, 2, 2), m.w, m.b, padding=1, groups=2), (8, 2, 3, 3), (8,),
+                         'w'),
+    'conv_transpose1d': (lambda m, x: F.conv_transpose1d(x.view(-1, 4, 4), m.w, m.b), (4, 6, 3), (6,), 'w'),
+    'conv_transpose1d in groups': (lambda m, x: F.conv_transpose1d(x.view(-1, 4, 4), m.w, m.b, 1, 0, 0, 2), (4, 3, 3),
+                                   (6,), 'w'),
+    'a slice of rows': (lambda m, x: F.linear(x, m.w[4:20]), (24, 16), None, 'w[4:20]'),
+    'a slice of columns': (lambda m, x: x @ m.w[:, 3:20], (16, 24), None, 'w[:, 3:20]'),
+    'one of several': (lambda m, x: F.linear(x, m.w[2], m.b[2]), (3, 24, 16), (3, 24), 'w[2]'),
+    'reshaped': (lambda m, x: x @ m.w.view(16, -1), (16, 4, 6), None, 'w'),
+    'expanded': (lambda m, x: torch.bmm(x.view(4, -1, 16), m.w.expand(4, -1, -1)), (16, 24), None, 'w'),
+    'contiguous': (lambda m, x: F.linear(x, m.w.T.contiguous()), (16, 24), None, 'w'),
+    'cast': (lambda m, x: F.linear(x.double(), m.w.to(torch.float64), m.b.double()), (24, 16), (24,), 'w'),
+    'cast and transposed': (lambda m, x: x.double() @ m.w.double().t(), (24, 16), None, 'w'),
+    'cast twice': (lambda m, x: x @ m.w.double().t().float().contiguous(), (24, 16), None, 'w'),
+    'part of a copy': (lambda m, x: x @ m.w.clone()[:, 2:12], (16, 24), None, 'w[:, 2:12]'),
+    'times a number': (lambda m, x: F.linear(x, m.w*0.25, m.b), (24, 16), (24,), 'w'),
+    'divided by a tensor': (lambda m, x: F.linear(x, m.w/torch.tensor(4.), m.b), (24, 16), (24,), 'w'),
+}
+
+
+@pytest.mark.parametrize('order', ['std mean', 'mean+std'])
+@pytest.mark.parametrize('form', FORMS)
+def test_an_operation_on_a_parameter_is_a_layer(form, order):
+    forward, w, b, name = FORMS[form]
+    torch.manual_seed(0)
+    model = Net(forward, w=param(*w), b=None if b is None else param(*b))
+    was = {n: p.detach().clone() for n, p in model.named_parameters()}
+    batches = [x() for _ in range(6)]
+    report = quiet(lsuv_init, model, batches, order=order)
+    assert [(r.name, r.kind) for r in report] == [(name, 'Net')] and report[0].status in ('ok', 'no bias'), report
+    with torch.no_grad():
+        out = model(x(1000)).float()
+    assert out.std().item() == pytest.approx(1, abs=0.1) and report[0].shape == tuple(model(batches[0]).shape)
+    if b is not None:
+        assert abs(out.mean().item()) < 0.1
+    changed = (model.w != was['w']).sum()  # what the operation does not take stays as it was
+    assert changed == {'w[4:20]': 256, 'w[:, 3:20]': 272, 'w[2]': 384, 'w[:, 2:12]': 160}.get(name, model.w.numel())
+
+
+@pytest.mark.parametrize('form', ['F.linear', '@', '@ from the left', 'einsum into heads', 'bmm', 'conv2d in groups',
+                                  'conv_transpose1d in groups', 'cast and transposed', 'a slice of columns'])
+def test_the_start_is_orthonormal_by_the_fan_of_the_operation(form):
+    forward, w, b, name = FORMS[form]
+    torch.manual_seed(0)
+    model = Net(forward, w=param(*w), b=None if b is None else param(*b))
+    report = quiet(lsuv_init, model, x())
+    scaled = model.w.detach()/report[0].gain
+    matrices = {  # (matrices, out, in)
+        'F.linear': lambda w: w[None], '@': lambda w: w.T[None], '@ from the left': lambda w: w[None],
+        'einsum into heads': lambda w: w.flatten(1).T[None], 'bmm': lambda w: w.mT,
+        'conv2d in groups': lambda w: w.flatten(1).view(2, 4, -1),
+        'conv_transpose1d in groups': lambda w: w.view(2, 2, 3, 3).transpose(1, 2).flatten(2),
+        'cast and transposed': lambda w: w[None], 'a slice of columns': lambda w: w[:, 3:20].T[None],
+    }[form](scaled)
+    gram = matrices @ matrices.mT if matrices.shape[1] <= matrices.shape[2] else matrices.mT @ matrices
+    assert torch.allclose(gram, torch.eye(gram.shape[-1]).expand_as(gram), atol=1e-4)
+
+
+@pytest.mark.parametrize('form', ['F.linear', '@', '@ from the left', 'addmm', 'bmm', 'einsum by head',
+                                  'einsum into heads', 'conv2d in groups', 'conv_transpose1d in groups', 'cast'])
+def test_per_channel(form):
+    forward, w, b, _ = FORMS[form]
+    torch.manual_seed(0)
+    model = Net(forward, w=param(*w), b=None if b is None else param(*b))
+    report = quiet(lsuv_init, model, x(2000), per_channel=True)
+    out = model(x(2000)).detach()
+    dim = {'@ from the left': 0, 'conv2d in groups': 1, 'conv_transpose1d in groups': 1}.get(form, -1)
+    std = out.transpose(0, dim).flatten(1).std(1)
+    assert report[0].status in ('ok', 'no bias') and (std - 1).abs().max() < 0.1
