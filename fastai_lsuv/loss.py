@@ -16,7 +16,10 @@ from .generators import Generators
 from .ranks import any_rank, mean_of_ranks
 from .solvers import cloned
 
-__all__ = ['LossCheck']
+__all__ = ['LossCheck', 'LOSS_TAKES']
+
+LOSS_TAKES = ("it takes a function of the model that gives its training loss: "
+              "lambda model: F.cross_entropy(model(x), y)")
 
 # A loss so many times that of the start and of a constant prediction is far worse. Independent predictions of
 # variance 1 double the mean squared error of standardized targets, and a mini-batch of few samples may add to that.

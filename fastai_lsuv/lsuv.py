@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Iterator
 
@@ -18,7 +19,8 @@ from .discovery import Discovery
 from .evidence import Doubt, unusual
 from .feed import Feed
 from .generators import Generators
-from .loss import LossCheck
+from .gradients import gradients_of
+from .loss import LOSS_TAKES, LossCheck
 from .moments import Moments
 from .options import Options
 from .passes import Passes
@@ -81,8 +83,7 @@ def lsuv_init(
     Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything at all is raised
     later, weights and all else are put back. With several ranks, call it on every one of them."""
     if loss is not None and not callable(loss):
-        raise TypeError(f"loss: got {loss!r}; it takes a function of the model that gives its training loss: "
-                        "lambda model: F.cross_entropy(model(x), y)")
+        raise TypeError(f"loss: got {loss!r}; {LOSS_TAKES}")
     report = initialize(model, batches, Options.of(locals()), n_inp=n_inp, get_input=get_input, loss=loss, force=force)
     if report.warning: warnings.warn(report.warning, stacklevel=2)
     return report
@@ -207,13 +208,22 @@ def layer_stats(
     *,
     modules: Any = None,  # What to measure, as in `lsuv_init`; modules without a weight, an activation say, too
     n_inp: int | None = None,  # As in `lsuv_init`
-    get_input: Callable[[Any], Any] | None = None  # As in `lsuv_init`
+    get_input: Callable[[Any], Any] | None = None,  # As in `lsuv_init`
+    # Training loss of the model, for its gradients by layer: `lambda model: F.cross_entropy(model(x), y)`
+    loss: Callable[[nn.Module], Any] | None = None
 ) -> LSUVReport:  # A row a layer, in order of execution; `status` says whether std is within 0.1 of 1
     """The (mean, std) table of `model` as it is, in the mode it trains in: one forward pass, nothing changed.
 
     Batch norm uses the statistics of the batch, dropout is off. Mean and std are those of a layer's whole output,
-    pooled over all its calls, the std unbiased as `Tensor.std` is. Raises `TypeError` or `ValueError`, naming the
-    argument."""
+    pooled over all its calls, the std unbiased as `Tensor.std` is.
+
+    With `loss`, each row also tells of the gradient, at the price of one more forward and a backward: `grad_std`, the
+    std of the gradient at the layer's output, and `weight_grad`, the norm of the weight's gradient over the norm of
+    the weight. The second is the share of the weight that a step of SGD with learning rate 1 changes. Where it falls
+    or grows by orders of magnitude from layer to layer, layers learn at different paces. No `.grad` is touched.
+
+    Raises `TypeError` or `ValueError`, naming the argument."""
+    if loss is not None and not callable(loss): raise TypeError(f"loss: got {loss!r}; {LOSS_TAKES}")
     model = plain(model)
     with Feed(model, batch, n_inp, get_input) as feed:
         def prepare(u): u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
@@ -222,8 +232,14 @@ def layer_stats(
         units = measurable(model, modules, loose)
         for u in units: prepare(u)
         passes = Passes(model, units, discovery=Discovery(loose, wanted(model, modules, units), prepare))
-        with preserved(model), Generators().again(): passes(feed.batch, correct=False)
-        return LSUVReport([_row(u, {}) for u in _in_order(passes)], n_passes=1)
+        gradients: dict[Unit, dict[str, float | None]] = {}
+        with preserved(model) as kept, Generators().again():
+            passes(feed.batch, correct=False)
+            if loss is not None:
+                kept.rewind()
+                gradients = gradients_of(passes, loss)
+        rows = [replace(_row(u, {}), **gradients.get(u, {})) for u in _in_order(passes)]
+        return LSUVReport(rows, n_passes=1 + (loss is not None))
 
 
 def plain(model: nn.Module) -> nn.Module:

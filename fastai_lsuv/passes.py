@@ -41,6 +41,7 @@ class Passes:
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
         self.norms,self.alike = NormWatch(),False
         self.begun = False  # Whether the model has run
+        self.hear: Callable[[Unit, Tensor], object] | None = None  # Shown the outputs, in place of measuring them
         self.rewind: Callable[[], object] = lambda: None  # Puts back the state that a pass leaves behind
 
     @torch.no_grad()
@@ -82,6 +83,14 @@ class Passes:
         for u in self.units: u.begin()
         self.correct,self.ran,self.begun = False,0,True
         with self.hooked(), Functions(self._handlers), _eager(): run()
+
+    def listen(self, run: Callable[[], Any], hear: Callable[[Unit, Tensor], object]) -> None:
+        "Show `hear` the outputs of the units while `run()` runs the model, measuring, as it is."
+        self.correct,self.hear = False,hear
+        try:
+            with self.hooked(), measuring(self.model, NormWatch(), self._handlers), _eager(): run()
+        finally:
+            self.hear = None
 
     @property
     def _handlers(self) -> dict[Callable, Callable]:
@@ -144,6 +153,9 @@ class Passes:
         "Measure a unit's output, correct the unit if it is off, and return the corrected output."
         solver = self.solvers[u]
         if solver.running: return None
+        if self.hear is not None:
+            if (x := first_tensor(out)) is not None: self.hear(u, x)
+            return None
         with torch._C.DisableTorchFunction():  # what happens in here is not the model's
             due = self._measure(u, first_tensor(out))
         return solver.observe(out) if due else None

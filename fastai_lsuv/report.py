@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Iterator, NewType, NoReturn, overload
 from . import sentences
 from .markup import report_html
 from .rows import DONE, STATUSES, Row
-from .tables import Table, has_baseline
+from .tables import Table, has_baseline, has_gradients
 
 if TYPE_CHECKING: from pandas import DataFrame
 else: DataFrame = NewType('DataFrame', object)  # what reads annotations does not need pandas
@@ -97,10 +97,11 @@ class LSUVReport:
         return sentences.done(self.rows, self.order, self.n_passes, self.loss, self.loss_note)
 
     def df(self) -> DataFrame:  # A row a unit, in order of execution
-        "A DataFrame: a row a unit, the fields of `Row` as columns, those of the baseline only if it was measured."
+        "A DataFrame: a row a unit, the fields of `Row` as columns; baseline and gradients only if they were asked for."
         import pandas as pd
         df = pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
-        return df if has_baseline(self.rows) else df.drop(columns=['mean_before', 'std_before'])
+        absent = [] if has_baseline(self.rows) else ['mean_before', 'std_before']
+        return df.drop(columns=absent if has_gradients(self.rows) else [*absent, 'grad_std', 'weight_grad'])
 
     def _table(self, folds: bool = True) -> Table: return Table(self.rows, bool(self.order), folds)
 

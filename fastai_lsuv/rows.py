@@ -59,6 +59,9 @@ class Row:
     gain: float = 1.  # Factor that its weight was scaled by, from the start that it was given
     mean_range: tuple[float, float] | None = None  # Where its mean counts as at the target; `None` if it had no target
     std_range: tuple[float, float] | None = None  # The same of its std
+    # With a loss in `layer_stats`; `None` if that was not asked for, or if no gradient arrives
+    grad_std: float | None = None  # Std of the loss's gradient at its output
+    weight_grad: float | None = None  # Norm of the gradient at its weight, over the norm of the weight
 
 
 def advice(

@@ -9,7 +9,7 @@ from typing import Sequence
 
 from .rows import STATUSES, Row, advice, number, span
 
-__all__ = ['Table', 'has_baseline']
+__all__ = ['Table', 'has_baseline', 'has_gradients']
 
 _MOST_ROWS = 40  # A longer table is folded
 _ENDS, _RARE = 8, 10  # Rows shown at either end of it, and how many amid them because their status is rare
@@ -21,6 +21,14 @@ def has_baseline(rows: Sequence[Row]) -> bool:
     return any(r.std_before is not None for r in rows)
 
 
+def has_gradients(rows: Sequence[Row]) -> bool:
+    "Whether the rows tell of the gradients of a loss."
+    return any(r.grad_std is not None for r in rows)
+
+
+def _small(v: float | None) -> str: return '' if v is None else f'{v:.2e}'
+
+
 class Table:
     "A table of rows: `head`, the names of the columns, and `lines`, the rows of each line and its cells."
     def __init__(self,
@@ -29,8 +37,10 @@ class Table:
         folds: bool = True  # Whether a long table is folded
     ):
         self.rows,self.corrected,self.baseline = rows,corrected,has_baseline(rows)
+        self.gradients = has_gradients(rows)
         before = [' before']*self.baseline
         columns = [f'{stat}{when}' for stat in ('mean', 'std') for when in (*before, '')]
+        if self.gradients: columns += ['grad std', 'grad/weight']
         self.head = ['layer', 'kind', 'output', *columns, *(['gain', 'passes'] if corrected else []), 'status']
         shown = self._shown() if folds else range(len(rows))
         self.lines: list[tuple[list[Row], list[str]]] = []
@@ -46,16 +56,17 @@ class Table:
         mean,std = (number(r.mean), number(r.std, small=True)) if ran else ('', '')
         before = [[number(r.mean_before)], [number(r.std_before, small=True)]] if self.baseline else [[], []]
         done = [f'{r.gain:.3g}', str(r.passes)] if self.corrected else []
+        grads = [_small(r.grad_std), _small(r.weight_grad)] if self.gradients else []
         shape = 'x'.join(map(str, r.shape))
-        return [r.name or '(model)', r.kind, shape, *before[0], mean, *before[1], std, *done, r.status]
+        return [r.name or '(model)', r.kind, shape, *before[0], mean, *before[1], std, *grads, *done, r.status]
 
     def _fold(self, rows: list[Row]) -> list[str]:
         "One line for a run of rows."
         counts = Counter(r.status for r in rows)
         statuses = next(iter(counts)) if len(counts) == 1 else ', '.join(f'{n} {s}' for s, n in counts.items())
-        gap,done = ['']*self.baseline,['', '']*self.corrected
+        gap,rest = ['']*self.baseline,['', '']*(self.gradients + self.corrected)
         return [f'... {len(rows)} more', '', '', *gap, span([r.mean for r in rows]), *gap, span([r.std for r in rows]),
-                *done, statuses]
+                *rest, statuses]
 
     def _shown(self) -> set[int]:
         "The rows with a line of their own: of a long table its ends, rare ones, and the first of each status."

@@ -158,6 +158,11 @@ class ViewRef(WeightRef):
     @property
     def key(self) -> Any: return self.view.key()
 
+    def part(self, grad: Tensor) -> Tensor:
+        v,p = self.view,self.value
+        if grad.stride() != p.stride(): grad = grad.new_empty_strided(p.shape, p.stride()).copy_(grad)
+        return grad.as_strided(v.size, v.stride, grad.storage_offset() + v.offset - p.storage_offset())
+
     @property
     def matrices(self) -> Tensor:
         "The weight with its dimensions in this order: batch, output, input."

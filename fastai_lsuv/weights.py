@@ -90,6 +90,10 @@ class WeightRef:
         "Identifies the tensor. A property makes a new one on each read, so its owner and name identify it."
         return (id(self.owner), self.name) if self.has_setter else id(self.value)
 
+    def part(self, grad: Tensor) -> Tensor:
+        "What of the parameter's gradient is that of this tensor."
+        return grad
+
     def copy(self) -> Any: return self.tensor.detach().clone() if self.tensor is not None else self.value
 
     @torch.no_grad()

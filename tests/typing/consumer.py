@@ -43,6 +43,7 @@ report = lsuv_init(
 assert_type(report, LSUVReport)
 assert_type(lsuv_init(model, {'x': batch}, preinit=None, get_input=inputs), LSUVReport)
 assert_type(layer_stats(model, (batch,), modules=nn.Linear), LSUVReport)
+assert_type(layer_stats(model, batch, loss=lambda m: m(batch).mean())[0].weight_grad, float | None)
 
 # the report
 assert_type(report.pairs, list[tuple[float, float]])

@@ -1,0 +1,266 @@
+"`layer_stats` with a loss: the gradients by layer against autograd by hand, and what must stay as it was."
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastai_lsuv import layer_stats
+from tests.fingerprint import fingerprint
+
+GRADIENTS = ['grad_std', 'weight_grad']
+
+
+def data(n=16, classes=5):
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, 8, 8, generator=g), torch.randint(classes, (n,), generator=g)
+
+
+def conv_net(inplace=True, p=0.5, act=nn.ReLU):
+    torch.manual_seed(1)
+    act = act(inplace=True) if inplace else act()
+    return nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Dropout(p), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(8*16, 5))
+
+
+def cross_entropy(x, y): return lambda model: F.cross_entropy(model(x), y)
+
+
+def by_hand(model, names, loss):
+    "What autograd gives for the outputs of some layers and for their weights, in training mode without dropout."
+    model = deepcopy(model).train()
+    for m in model.modules():
+        if isinstance(m, nn.Dropout): m.p = 0.
+        if isinstance(m, nn.ReLU): m.inplace = False
+    outs = {n: [] for n in names}
+    layers = dict(model.named_modules())
+    for n in names:
+        layers[n].register_forward_hook(lambda m, a, o, n=n: outs[n].append(o) or o.retain_grad())
+    loss(model).backward()
+    def std(n): return torch.cat([o.grad.double().flatten() for o in outs[n]]).std().item()
+    def ratio(n): return (layers[n].weight.grad.double().norm()/layers[n].weight.detach().double().norm()).item()
+    return {n: (std(n), ratio(n)) for n in names}
+
+
+def check(model, x, loss, names):
+    expected = by_hand(model, names, loss)
+    stats = layer_stats(model, x, loss=loss)
+    assert [r.name for r in stats] == names
+    for r in stats:
+        assert (r.grad_std, r.weight_grad) == pytest.approx(expected[r.name], rel=1e-4), r.name
+    return stats
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_values_are_those_of_autograd(inplace):
+    x, y = data()
+    model = conv_net(inplace)
+    stats = check(model, x, cross_entropy(x, y), ['0', '3', '7'])
+    plain = layer_stats(model, x)
+    assert stats.pairs == plain.pairs and stats.n_passes == plain.n_passes + 1
+
+
+def test_a_layer_that_runs_twice_pools_its_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(4, 4),nn.Linear(4, 2)
+        def forward(self, x): return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(32, 4)
+    check(model, x, lambda m: m(x).square().mean(), ['a', 'b'])
+
+
+def test_weights_that_no_layer_applies():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up,self.down = nn.Parameter(torch.randn(2, 4, 6)),nn.Linear(6, 2)
+        def forward(self, x): return self.down(torch.tanh(x @ self.up[0]) + torch.tanh(x @ self.up[1].detach()))
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(16, 4)
+    stats = layer_stats(model, x, loss=lambda m: m(x).square().mean())
+    out = (x @ model.up[0]).detach().requires_grad_()
+    hidden = torch.tanh(out) + torch.tanh(x @ model.up[1].detach())
+    model.down(hidden).square().mean().backward()
+    row = next(r for r in stats if r.name == 'up[0]')
+    assert row.grad_std == pytest.approx(out.grad.std().item(), rel=1e-5)
+    grad,weight = x.T @ out.grad, model.up[0].detach()
+    assert row.weight_grad == pytest.approx((grad.norm()/weight.norm()).item(), rel=1e-5)
+
+
+def test_attention_and_layer_norm():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=.3, batch_first=True)
+    x = torch.randn(4, 6, 8)
+    def loss(m): return m(x).square().mean()
+    stats = layer_stats(model, x, loss=loss)
+    quiet = layer_stats(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), x, loss=loss)
+    assert len(stats) == len(quiet) and all(r.weight_grad > 0 for r in stats)
+    assert all(r.grad_std > 0 for r in stats if 'in_proj' not in r.name)  # projected out of sight
+    names = ['linear1', 'linear2']
+    model.dropout.p = model.dropout1.p = model.dropout2.p = model.self_attn.dropout = 0.
+    for n, (std, ratio) in by_hand(model, names, loss).items():
+        assert (stats[n].grad_std, stats[n].weight_grad) == pytest.approx((std, ratio), rel=1e-4)
+
+
+def test_modules_without_a_weight():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(32, 4)
+    [row] = layer_stats(model, x, modules=nn.Tanh, loss=lambda m: m(x).square().mean())
+    out = model[:2](x).detach().requires_grad_()
+    model[2](out).square().mean().backward()
+    assert row.grad_std == pytest.approx(out.grad.std().item(), rel=1e-5) and row.weight_grad is None
+
+
+def test_the_mean_of_a_loss_without_reduction():
+    x, y = data()
+    model = conv_net()
+    a = layer_stats(model, x, loss=cross_entropy(x, y))
+    b = layer_stats(model, x, loss=lambda m: F.cross_entropy(m(x), y, reduction='none'))
+    assert [r.grad_std for r in a] == pytest.approx([r.grad_std for r in b], rel=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(k=st.floats(1e-3, 1e3), depth=st.integers(1, 6), seed=st.integers(0, 99))
+def test_gradients_scale_with_the_loss(k, depth, seed):
+    torch.manual_seed(seed)
+    model, x = nn.Sequential(*[nn.Linear(5, 5) for _ in range(depth)]).double(), torch.randn(9, 5).double()
+    one = layer_stats(model, x, loss=lambda m: m(x).square().mean())
+    many = layer_stats(model, x, loss=lambda m: k*m(x).square().mean())
+    for a, b in zip(one, many):
+        assert (b.grad_std, b.weight_grad) == pytest.approx((k*a.grad_std, k*a.weight_grad), rel=1e-9)
+
+
+# --- what has no gradient
+
+def test_no_gradient_reaches_behind_frozen_layers():
+    x, y = data()
+    model = conv_net(inplace=False)
+    model[0].requires_grad_(False)
+    first, second, last = layer_stats(model, x, loss=cross_entropy(x, y))
+    assert first.grad_std is None and first.weight_grad is None and second.grad_std > 0 and last.weight_grad > 0
+    model[0].requires_grad_(True)
+    model[3].weight.requires_grad_(False)
+    first, second, last = layer_stats(model, x, loss=cross_entropy(x, y))
+    assert second.grad_std > 0 and second.weight_grad is None and first.weight_grad > 0
+
+
+def test_a_layer_that_the_loss_does_not_use():
+    class Aux(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main,self.aux = nn.Linear(4, 2),nn.Linear(4, 2)
+        def forward(self, x): return self.main(x), self.aux(x)
+    model, x = Aux(), torch.randn(8, 4)
+    main, aux = layer_stats(model, x, loss=lambda m: m(x)[0].square().mean())
+    assert main.grad_std > 0 and aux.grad_std is None and aux.weight_grad is None
+
+
+def test_a_weight_of_zeros():
+    model, x = nn.Linear(4, 2), torch.randn(8, 4)
+    nn.init.zeros_(model.weight)
+    nn.init.ones_(model.bias)
+    assert layer_stats(model, x, loss=lambda m: m(x).square().mean())[0].weight_grad == float('inf')
+    assert layer_stats(model, x, loss=lambda m: (0*m(x)).sum())[0].weight_grad == 0
+
+
+def test_they_are_absent_unless_asked_for():
+    x, y = data()
+    model = conv_net()
+    plain, asked = layer_stats(model, x), layer_stats(model, x, loss=cross_entropy(x, y))
+    assert all(r.grad_std is None and r.weight_grad is None for r in plain)
+    assert not set(GRADIENTS) & set(plain.df()) and 'grad' not in str(plain)
+    assert asked.df()[GRADIENTS].gt(0).all(axis=None)
+    head = str(asked).splitlines()[2]
+    assert 'grad std' in head and 'grad/weight' in head and 'grad/weight' in asked._repr_html_()
+
+
+# --- what stays as it was
+
+@pytest.mark.parametrize('training', [True, False])
+def test_nothing_changes(training):
+    x, y = data()
+    model = conv_net().train(training)
+    F.cross_entropy(deepcopy(model)(x), y)
+    model[0].weight.grad = kept = torch.ones_like(model[0].weight)
+    was,grads = fingerprint(model),kept.clone()
+    before = torch.get_rng_state()
+    layer_stats(model, x, loss=cross_entropy(x, y))
+    assert fingerprint(model) == was and torch.equal(torch.get_rng_state(), before)
+    assert model[0].weight.grad is kept and torch.equal(kept, grads)
+    assert all(p.grad is None for n, p in model.named_parameters() if n != '0.weight')
+
+
+@pytest.mark.parametrize('at', ['forward', 'loss', 'backward'])
+def test_a_loss_that_fails(at):
+    x, y = data()
+    model = conv_net()
+    model[0].weight.grad = kept = torch.ones_like(model[0].weight)
+    was = fingerprint(model)
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): raise MemoryError('at the backward')
+    def loss(m):
+        if at == 'forward': return m(x[:, :2])
+        if at == 'loss': raise MemoryError('at the loss')
+        return Fails.apply(m(x)).sum()
+    with pytest.raises((MemoryError, RuntimeError)):
+        layer_stats(model, x, loss=loss)
+    assert fingerprint(model) == was and model[0].weight.grad is kept
+
+
+def test_under_no_grad():
+    x, y = data()
+    model = conv_net()
+    loss = cross_entropy(x, y)
+    expected = layer_stats(model, x, loss=loss)
+    with torch.no_grad():
+        assert layer_stats(model, x, loss=loss).rows == expected.rows
+        assert not torch.is_grad_enabled()
+
+
+def test_checkpointed_layers_give_the_same():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.on = nn.Linear(4, 4),nn.Linear(4, 2),False
+        def forward(self, x):
+            x = x.requires_grad_()
+            def first(x): return self.a(x).tanh()
+            return self.b(checkpoint(first, x, use_reentrant=False) if self.on else first(x))
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(8, 4)
+    plain = layer_stats(model, x, loss=lambda m: m(x).square().mean())
+    model.on = True
+    again = layer_stats(model, x, loss=lambda m: m(x).square().mean())
+    assert [(r.grad_std, r.weight_grad) for r in again] == [(r.grad_std, r.weight_grad) for r in plain]
+
+
+# --- bad losses
+
+@pytest.mark.parametrize('loss,error,says', [
+    (3, TypeError, 'loss: got 3; it takes a function of the model'),
+    (lambda m: m(data()[0]).sum().item(), TypeError, 'loss: it gives a float; .* a tensor'),
+    (lambda m: m(data()[0]).sum().detach(), ValueError, 'loss: no gradient .*'),
+    (lambda m: torch.zeros(()), ValueError, 'loss: no gradient .*'),
+    (lambda m: torch.zeros((), requires_grad=True), ValueError, 'loss: no gradient .*'),
+])
+def test_bad_losses(loss, error, says):
+    model = conv_net()
+    was = fingerprint(model)
+    with pytest.raises(error, match=says):
+        layer_stats(model, data()[0], loss=loss)
+    assert fingerprint(model) == was
+
+
+def test_a_frozen_model_has_no_gradient():
+    x, y = data()
+    with pytest.raises(ValueError, match='loss: no gradient .*`requires_grad`'):
+        layer_stats(conv_net().requires_grad_(False), x, loss=cross_entropy(x, y))
