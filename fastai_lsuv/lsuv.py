@@ -24,7 +24,7 @@ from .loss import LOSS_TAKES, LossCheck
 from .moments import Moments
 from .options import Options
 from .passes import Passes
-from .preinit import preinitialize
+from .preinit import deck_for, preinitialize
 from .ranks import from_rank_0, in_step, several_ranks
 from .report import LSUVReport, Row
 from .selection import find_units, loose_parameters, measurable, wanted
@@ -116,7 +116,8 @@ def initialize(
         units = in_step(lambda: find_units(model, options.modules, loose))
         in_step(lambda: [prepare(u) for u in units])
         discovery = Discovery(_but(loose, units), wanted(model, options.modules, units), prepare)
-        start = partial(preinitialize, preinit=options.preinit) if options.preinit is not None else None
+        start = None
+        if options.preinit is not None: start = partial(preinitialize, preinit=options.preinit, deck=deck_for(units))
         passes,check = Passes(model, units, watch, start, discovery),LossCheck(model, loss)
         before,undone = {},''
         try:

@@ -7,18 +7,25 @@ A large matrix consists of rows of the identity, in random order, that go throug
 orthonormal Fourier transform, then a random sign for each column. It takes `n log n` steps a row, QR takes `n**2`.
 Moments, spectra and correlations agree with Haar's.
 
+A model holds many matrices of the same size. A `Deck` keeps one that was drawn while more of its size are to come.
+They are dealt from it: its rows and columns in a random order, each with a random sign. Haar's distribution stays what
+it is under that, sums and products of such matrices have the spectra of independent ones, and a matrix so dealt costs
+less than as many normal numbers.
+
 Sources: Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform" (2006); Yu et al., "Orthogonal random features"
-(2016), for the three rounds; Mezzadri, "How to generate random matrices from the classical compact groups" (2007).
+(2016), for the three rounds; Anderson and Farrell, "Asymptotically liberating sequences of random unitary matrices"
+(2014), for orders and signs; Mezzadri, "How to generate random matrices from the classical compact groups" (2007).
 """
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from collections import Counter
+from typing import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-__all__ = ['orthonormal']
+__all__ = ['Deck', 'orthonormal']
 
 # Two rounds leave a structure: an entry depends on nothing but the sum and the difference of its row and its column.
 # The squares of two rows are then alike up to a shift: at 100x4096 they correlate by 0.13, where Haar's do by 0.06.
@@ -30,6 +37,34 @@ _SMALL = 2**20
 # Numbers that go through the rounds together. Cores wait for each other more often with fewer; more of them leave the
 # cache.
 _CHUNK = 2**21
+# Numbers in a matrix that a deck keeps, at most.
+_MOST_KEPT = 2**22
+
+
+class Deck:
+    "Matrices that were drawn, of each size that is to come again."
+    def __init__(self, sizes: Iterable[tuple[int, int]]):
+        self.to_come = Counter(sizes)
+        self.kept: dict[tuple, Tensor] = {}
+
+    def deal(self, q: Tensor, rows: int, start: int, stop: int) -> bool:
+        "Fill `q` with rows of a matrix of so many rows, if one of its size is kept. Returns whether it is."
+        size = rows,q.shape[1]
+        self.to_come[size] -= 1
+        kept = self.kept.get((*size, q.dtype, q.device))
+        if kept is None: return False
+        if self.to_come[size] <= 0: del self.kept[*size, q.dtype, q.device]
+        down,across = (torch.randperm(n, device=q.device) for n in size)
+        signs = torch.randint(2, (sum(size),), dtype=q.dtype, device=q.device).mul_(2).sub_(1)
+        torch.gather(kept.index_select(0, down[start:stop]), 1, across.expand(q.shape), out=q)
+        q.mul_(signs[rows:]).mul_(signs[start:stop, None])
+        return True
+
+    def keeps(self, rows: int, cols: int) -> bool:
+        "Whether to keep a matrix of this size."
+        return self.to_come[rows, cols] > 0 and rows*cols <= _MOST_KEPT
+
+    def keep(self, q: Tensor) -> None: self.kept[*q.shape, q.dtype, q.device] = q
 
 
 @torch.no_grad()
@@ -42,7 +77,8 @@ def orthonormal(
     stop: int | None = None,  # Row to stop before; `None`: the end
     dtype: torch.dtype = torch.float32,  # Of the result; the computation is in float32 at least
     device: torch.device | str | None = None,  # Where to draw and to compute; `None`: torch's default device
-    out: Tensor | None = None  # (stop - start, cols): holds the result, in place of a new tensor of `dtype` on `device`
+    out: Tensor | None = None,  # (stop - start, cols): holds the result; in place of `dtype` and `device`
+    deck: Deck | None = None  # What matrices of a size that was drawn before are dealt from
 ) -> Tensor:  # (stop - start, cols)
     """Rows `start:stop` of a random matrix whose rows are orthonormal, or whose columns are if they are fewer.
 
@@ -53,6 +89,12 @@ def orthonormal(
     if not 0 <= start <= stop <= rows: raise ValueError(f'rows {start}:{stop} are not a slice of {rows} rows')
     if rows % groups: raise ValueError(f'{rows} rows do not make {groups} groups')
     q = torch.empty(stop - start, cols, dtype=dtype, device=device) if out is None else out
+    if deck is not None and groups == 1:
+        if deck.deal(q, rows, start, stop): return q
+        if deck.keeps(rows, cols):
+            whole = orthonormal(rows, cols, dtype=q.dtype, device=q.device)
+            deck.keep(whole)
+            return q.copy_(whole[start:stop])
     full,each = torch.promote_types(q.dtype, torch.float32),rows//groups
     few,many = sorted((each, cols))
     if few*few*many <= _SMALL or not _has_fft(full, q.device):

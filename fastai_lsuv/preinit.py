@@ -1,7 +1,7 @@
 "Step one of the paper: orthonormal weights (Saxe et al. 2014), zero biases."
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -9,59 +9,75 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from .discovery import OperationUnit
-from .orthogonal import orthonormal
+from .orthogonal import Deck, orthonormal
 from .ranks import from_rank_0
 from .units import Unit
 from .views import ViewRef
 
-__all__ = ['preinitialize', 'orthogonal_']
+__all__ = ['preinitialize', 'orthogonal_', 'deck_for']
 
 
 @torch.no_grad()
 def orthogonal_(
-    layer: nn.Module  # A conv, linear or bilinear layer, plain, parametrized or with `weight_norm`
+    layer: nn.Module,  # A conv, linear or bilinear layer, plain, parametrized or with `weight_norm`
+    deck: Deck | None = None  # As in `orthonormal`
 ) -> None:
     """Give `layer` an orthonormal weight, each group of a grouped conv its own, and a zero bias.
 
     A weight that is all zeros is left so: that is how a residual branch or a head is made to start at nothing.
     So is one that is frozen, or computed from something frozen."""
     w = getattr(layer, 'weight', None)
-    if not isinstance(w, Tensor) or w.numel() == 0 or not w.any(): return
+    if not isinstance(w, Tensor) or w.numel() == 0 or _is_zero(w): return
     if w.dim() < 2 or any(not p.requires_grad for n, p in layer.named_parameters() if 'bias' not in n): return
     if parametrize.is_parametrized(layer, 'weight'):
         # Three cases have no way back from a weight to what it is computed from: no `right_inverse`, one that is not
         # implemented, and one that rejects this weight.
         if not all(hasattr(m, 'right_inverse') for m in layer.parametrizations.weight): return
-        try: layer.weight = _draw(layer, torch.empty_like(w))
+        try: layer.weight = _draw(layer, torch.empty_like(w), deck)
         except (NotImplementedError, ValueError): return
     elif 'weight_g' in layer._parameters:  # weight_norm of old
-        g,v = layer.weight_g,_draw(layer, layer.weight_v.data)
+        g,v = layer.weight_g,_draw(layer, layer.weight_v.data, deck)
         dims = [d for d in range(v.dim()) if d >= g.dim() or g.shape[d] != v.shape[d]]
         g.data.copy_(torch.linalg.vector_norm(v, dim=dims or None, keepdim=bool(dims)).reshape(g.shape))
-    else: _draw(layer, layer.weight_orig.data if 'weight_orig' in layer._parameters else w.data)
+    else: _draw(layer, layer.weight_orig.data if 'weight_orig' in layer._parameters else w.data, deck)
     bias = layer._parameters.get('bias')
     if bias is not None and bias.requires_grad: bias.data.zero_()
 
 
-def _draw(layer: nn.Module, w: Tensor) -> Tensor:
+def _is_zero(w: Tensor) -> bool:
+    "Whether `w` holds nothing but zeros. The first number tells of most that do not."
+    return not w[(0,)*w.dim()] and not w.any()
+
+
+def _draw(layer: nn.Module, w: Tensor, deck: Deck | None) -> Tensor:
     "Fill `w` with an orthonormal weight for `layer`, in place where its memory allows."
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    rows,cols = len(w), w[0].numel()
-    if w.is_contiguous() and not w.is_inference(): orthonormal(rows, cols, groups=groups, out=w.view(rows, cols))
-    else: w.copy_(orthonormal(rows, cols, groups=groups, dtype=w.dtype, device=w.device).view(w.shape))
+    rows,cols = len(w), w.numel()//len(w)
+    if w.is_contiguous() and not w.is_inference():
+        orthonormal(rows, cols, groups=groups, out=w.view(rows, cols), deck=deck)
+    else: w.copy_(orthonormal(rows, cols, groups=groups, dtype=w.dtype, device=w.device, deck=deck).view(w.shape))
     return w
+
+
+def deck_for(units: Iterable[Unit]) -> Deck:
+    "A deck for the weights of these units."
+    weights = (getattr(u.layer, '_parameters', {}).get('weight') for u in units if not u.left_alone)
+    return Deck((len(w), w.numel()//len(w)) for w in weights if w is not None and w.dim() > 1 and w.numel())
 
 
 @torch.no_grad()
 def preinitialize(
     unit: Unit,
-    preinit: str | Callable[[nn.Module], object]  # "orthogonal", or a function of the layer that holds the weight
+    preinit: str | Callable[[nn.Module], object],  # "orthogonal", or a function of the layer that holds the weight
+    deck: Deck | None = None  # As in `orthonormal`
 ) -> None:
     "Give `unit` its starting weights, the same on every rank of `torch.distributed`."
     if isinstance(unit, OperationUnit): return _start_view(unit, preinit)
     layer,was = unit.layer,dict(unit.layer._parameters)
     kept = unit.anothers_bias.copy() if unit.anothers_bias is not None else None
-    (orthogonal_ if preinit == 'orthogonal' else preinit)(layer)
+    if preinit == 'orthogonal':
+        with torch._C.DisableTorchFunction(): orthogonal_(layer, deck)
+    else: preinit(layer)
     for n, p in was.items():  # an optimizer may hold the parameters: they get the values of any put in their place
         if p is not None and (new := layer._parameters[n]) is not p:
             p.data.copy_(new)

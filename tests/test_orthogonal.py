@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_lsuv import orthogonal
-from fastai_lsuv.orthogonal import orthonormal
+from fastai_lsuv.orthogonal import Deck, orthonormal
 from fastai_lsuv.preinit import orthogonal_
 
 SMALL = [(1, 1), (2, 2), (1, 9), (9, 1), (64, 27), (31, 31), (64, 64), (10, 4096)]  # By QR
@@ -236,3 +236,63 @@ def test_the_same_matrix_is_drawn_into_memory_that_is_given(rows, cols):
     torch.manual_seed(3)
     out = torch.full((rows, cols), 7.)
     assert orthonormal(rows, cols, out=out) is out and torch.equal(out, want)
+
+
+# --- Dealt again
+
+def dealt(rows, cols, n, **kwargs):
+    "A matrix, and `n` that are dealt from it."
+    deck = Deck([(rows, cols)]*(n + 1))
+    torch.manual_seed(0)
+    return [orthonormal(rows, cols, deck=deck, **kwargs) for _ in range(n + 1)], deck
+
+
+@pytest.mark.parametrize('rows, cols', [(1, 1), (3, 3), (32, 48), (48, 32), *LARGE])
+def test_a_dealt_matrix_is_orthonormal(rows, cols):
+    (first, *others), deck = dealt(rows, cols, 3)
+    for q in others:
+        gram = q @ q.T if rows <= cols else q.T @ q
+        assert torch.allclose(gram, torch.eye(len(gram)), atol=2e-6)
+        assert torch.equal(q.abs().flatten().sort()[0], first.abs().flatten().sort()[0])
+    assert not deck.kept  # nothing is kept that does not come again
+
+
+@pytest.mark.parametrize('rows, cols', [(48, 32), (64, 576), (576, 64)])
+def test_a_slice_of_a_dealt_matrix_is_that_of_the_whole(rows, cols):
+    whole,_ = dealt(rows, cols, 2)
+    state = torch.get_rng_state()
+    parts,_ = dealt(rows, cols, 2, start=5, stop=17)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q[5:17]) for p, q in zip(parts, whole))
+
+
+def test_dealt_matrices_are_as_free_of_each_other_as_independent_ones():
+    "The spectra of sums, and of products with masks between them, are Haar's; squares do not correlate."
+    n = 128
+
+    def spectra(matrices):
+        p = torch.eye(n)
+        for k, m in enumerate(matrices): p = m @ (p*(torch.arange(n) % 4 != k % 4)[:, None])
+        levels = torch.tensor([.25, .5, .75, .95])
+        squares = torch.corrcoef(torch.stack([m.square().flatten() for m in matrices]))
+        sums = torch.quantile(torch.linalg.svdvals(matrices[0] + matrices[1]), levels)
+        return sums, torch.quantile(torch.linalg.svdvals(p), levels), squares[~torch.eye(len(squares), dtype=bool)]
+
+    torch.manual_seed(0)
+    haar = [spectra([nn.init.orthogonal_(torch.empty(n, n)) for _ in range(6)]) for _ in range(6)]
+    found = [spectra(dealt(n, n, 5)[0]) for _ in range(6)]
+    for k in range(2):
+        want,got = (torch.stack([s[k] for s in of]).mean(0) for of in (haar, found))
+        assert torch.allclose(got, want, atol=0.05)
+    assert torch.cat([s[2] for s in found]).abs().max() < 5/n
+    same = [nn.init.orthogonal_(torch.empty(n, n))]*2
+    assert not torch.allclose(spectra(same)[0], torch.stack([h[0] for h in haar]).mean(0), atol=0.05)
+
+
+def test_a_deck_keeps_what_comes_again_and_is_not_too_large(monkeypatch):
+    deck = Deck([(8, 8), (8, 8), (4, 8), (64, 64), (64, 64)])
+    monkeypatch.setattr('fastai_lsuv.orthogonal._MOST_KEPT', 64)
+    for shape in [(8, 8), (4, 8), (64, 64), (5, 5)]: orthonormal(*shape, deck=deck)
+    assert [tuple(k[:2]) for k in deck.kept] == [(8, 8)]
+    orthonormal(8, 8, deck=deck)
+    assert not deck.kept
