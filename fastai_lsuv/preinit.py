@@ -6,6 +6,7 @@ from typing import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .discovery import OperationUnit
@@ -61,8 +62,9 @@ def _draw(layer: nn.Module, w: Tensor, deck: Deck | None) -> Tensor:
 
 def deck_for(units: Iterable[Unit]) -> Deck:
     "A deck for the weights of these units."
-    weights = (getattr(u.layer, '_parameters', {}).get('weight') for u in units if not u.left_alone)
-    return Deck((len(w), w.numel()//len(w)) for w in weights if w is not None and w.dim() > 1 and w.numel())
+    weights = (u.layer._parameters.get('weight') for u in units if not u.left_alone)
+    sized = (w for w in weights if w is not None and not is_lazy(w) and w.dim() > 1 and w.numel())
+    return Deck((len(w), w.numel()//len(w)) for w in sized)
 
 
 @torch.no_grad()
