@@ -1,4 +1,5 @@
 """Build the documentation to HTML without Quarto, and check it. nbdev processes `nbs/`, and the pages go to `_site/`.
+A documented name in the prose becomes a link to the page that shows it.
 
 The build fails on:
 
@@ -27,6 +28,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMULA = re.compile(r'(\$\$.+?\$\$|\$[^$]+\$)', re.S)
+HEADINGS = [f'h{k}' for k in range(1, 7)]
 MARKDOWN = 'README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'
 
 
@@ -115,10 +117,47 @@ def finish(soup: BeautifulSoup) -> None:
 def add_anchors(soup: BeautifulSoup) -> None:
     "Give each heading its anchor. A number tells headings of one name apart."
     seen: dict[str, int] = {}
-    for h in soup.find_all(re.compile('^h[1-6]$')):
+    for h in soup.find_all(HEADINGS):
         i = heading_id(h.get_text())
         seen[i] = seen.get(i, -1) + 1
         h['id'] = f'{i}-{seen[i]}' if seen[i] else i
+
+
+# What names begin with in a Learner
+IN_A_LEARNER = {'learn.lsuv.report': 'LSUVReport', 'learn.lsuv_init': 'Learner.lsuv_init', 'learn.lsuv': 'LSUVCallback',
+                'learn.activation_stats_recorder': 'ActivationStatsRecorder'}
+
+
+class ApiNames:
+    "The documented names, and the page that shows each."
+    def __init__(self): self.pages: dict[str, str] = {}
+
+    def add(self, names: set[str], page: str) -> None: self.pages |= dict.fromkeys(names, page)
+
+    def find(self, text: str, page: str) -> str | None:
+        """The documented name that a piece of code in the prose of `page` is about.
+
+        A method may stand by itself, as in `diagnose()`. If several classes have it, the page's own is meant: that of
+        `api/recorder.html` on `recorder.html`."""
+        name = re.sub(r'\(.*\)$', '', text, flags=re.S)
+        for start, full in IN_A_LEARNER.items():
+            if name == start or name.startswith(start + '.'):
+                name = full + name[len(start):]
+                break
+        if name in self.pages: return name
+        if name == text and text[:1] != '.': return None
+        of = [n for n in self.pages if n.partition('.')[2] == name.lstrip('.')]
+        here = [n for n in of if Path(self.pages[n]).name == Path(page).name]
+        return next((found[0] for found in (of, here) if len(found) == 1), None)
+
+    def link(self, soup: BeautifulSoup, page: str) -> None:
+        "Make the names in the prose of a page links."
+        for code in soup.find_all('code'):
+            if code.find_parent(['pre', 'a', *HEADINGS]): continue
+            name = self.find(code.get_text(), page)
+            above = code.find_previous(HEADINGS)
+            if name is None or above is not None and above.get_text() == name: continue
+            code.wrap(soup.new_tag('a', href=f'{relative(self.pages[name], page)}#{heading_id(name)}'))
 
 
 def with_mathml(text: str) -> str:
@@ -298,13 +337,13 @@ def build(processed: Path, nbs: Path, site: Path) -> list[str]:
     (site/'styles.css').write_text(STYLE + HtmlFormatter(style='default').get_style_defs('.highlight'))
     exporters,sidebar = Exporters(),Sidebar(nbs)
     soups: dict[str, BeautifulSoup] = {}
-    documented: set[str] = set()
+    documented = ApiNames()
     wrong = []
     for file in sorted(processed.rglob('*.ipynb')):
         page = file.relative_to(processed).with_suffix('.html').as_posix()
         nb = nbformat.read(file, as_version=4)
         names,empty = shown(nb)
-        documented |= names
+        documented.add(names, page)
         wrong += [f'{page}: {call} shows nothing' for call in empty]
         errors = [o for c in nb.cells for o in c.get('outputs', []) if o.output_type == 'error']
         wrong += [f'{page}: a cell ended in {o.ename}: {o.evalue}' for o in errors]
@@ -313,6 +352,7 @@ def build(processed: Path, nbs: Path, site: Path) -> list[str]:
         exporters.write_markdown(nb, site/f'{page}.md', file.stem)
     titles = {p: (s.h1.get_text() if s.h1 else p) for p, s in soups.items()}
     for page, soup in soups.items():
+        documented.link(soup, page)
         headings = [(h['id'], h.get_text()) for h in soup.find_all('h2')]
         title = titles[page] if page == 'index.html' else f'{titles[page]} – fastai_lsuv'
         (site/page).write_text(PAGE.format(
@@ -321,7 +361,7 @@ def build(processed: Path, nbs: Path, site: Path) -> list[str]:
     wrong += [f'{p}: not in the sidebar (nbs/sidebar.yml)' for p in soups if p not in sidebar.pages]
     wrong += [f'sidebar: {p} is no page' for p in sidebar.pages if p not in soups]
     if (nbs/'api').exists():
-        wrong += [f'{n}: no page shows it; add `show_doc({n})`' for n in public_names() if n not in documented]
+        wrong += [f'{n}: no page shows it; add `show_doc({n})`' for n in public_names() if n not in documented.pages]
     return wrong
 
 

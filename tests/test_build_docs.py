@@ -128,3 +128,43 @@ def test_names_without_a_page(docs, tmp_path):
         'api/callback.html: show_doc(Learner.lsuv_init) shows nothing',
         'LSUVCallback.reset: no page shows it; add `show_doc(LSUVCallback.reset)`',
         'Learner.lsuv_init: no page shows it; add `show_doc(Learner.lsuv_init)`']
+
+
+@pytest.mark.parametrize('text,name', [
+    ('lsuv_init', 'lsuv_init'),
+    ('lsuv_init(model, batch)', 'lsuv_init'),
+    ('learn.lsuv_init()', 'Learner.lsuv_init'),
+    ('learn.lsuv.report', 'LSUVReport'),
+    ('learn.lsuv.report.plot()', 'LSUVReport.plot'),
+    ('learn.lsuv.reset()', 'LSUVCallback.reset'),
+    ('diagnose()', 'ActivationStatsRecorder.diagnose'),
+    ('.plot()', 'LSUVReport.plot'),
+    ('df()', 'ActivationStatsRecorder.df'),  # on a page called recorder.html
+    ('ok', None),  # a status, and no property
+    ('model', None),
+    ('f(lsuv_init)', None),
+])
+def test_names_of_the_api_are_found(docs, text, name):
+    names = docs.ApiNames()
+    names.add({'lsuv_init'}, 'api/init.html')
+    names.add({'LSUVCallback', 'LSUVCallback.reset', 'Learner.lsuv_init'}, 'api/callback.html')
+    names.add({'LSUVReport', 'LSUVReport.df', 'LSUVReport.plot', 'LSUVReport.ok'}, 'api/report.html')
+    names.add({'ActivationStatsRecorder.df', 'ActivationStatsRecorder.diagnose'}, 'api/recorder.html')
+    assert names.find(text, 'recorder.html') == name
+    assert text != 'df()' or names.find(text, 'index.html') is None
+
+
+def test_names_in_prose_are_links(docs):
+    names = docs.ApiNames()
+    names.add({'lsuv_init', 'layer_stats'}, 'api/init.html')
+
+    def links(html, page):
+        soup = docs.BeautifulSoup(html, 'html.parser')
+        names.link(soup, page)
+        return [(a['href'], a.get_text()) for a in soup.find_all('a')]
+
+    prose = '<h2>lsuv_init</h2><p><code>lsuv_init(m, b)</code> and <code>layer_stats</code></p>'
+    assert links(prose, 'a.html') == [('api/init.html#layer_stats', 'layer_stats')]  # none to where one is
+    assert links('<p><code>lsuv_init</code></p>', 'api/b.html') == [('init.html#lsuv_init', 'lsuv_init')]
+    code = '<pre><code>lsuv_init</code></pre><h3><code>lsuv_init</code></h3><a href="x"><code>lsuv_init</code></a>'
+    assert links(code, 'a.html') == [('x', 'lsuv_init')]
