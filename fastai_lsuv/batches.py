@@ -140,8 +140,8 @@ def model_inputs(
             joined = join(gathered) if gathers else xb
             if joined is None:
                 gathers = False
-                log(f"LSUV: mini-batches of {_size(xb)} are of different shapes and cannot be gathered to "
-                    f"min_samples={min_samples}; each is used as it is")
+                log(f"LSUV uses mini-batches of {_size(xb)} samples: their shapes differ, so it cannot join them to "
+                    f"min_samples={min_samples}.")
             on_batch(partial(training_loss, learn))
             yield joined or max(gathered, key=_size)
             gathered,given = [],True

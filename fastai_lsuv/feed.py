@@ -126,8 +126,8 @@ class Feed:
         except TypeError as e:
             held = f"the inputs {', '.join(map(repr, b))}" if kwargs else f"{len(args)} input{'s'*(len(args) != 1)}"
             raise TypeError(f"batches: mini-batch {self.count} holds {held}, but {type(self.model).__name__}.forward "
-                            f"takes {takes} ({e}); pass `n_inp`, how many come first that are inputs and no targets, "
-                            "or `get_input`") from None
+                            f"takes {takes} ({e}); pass `n_inp`, the number of inputs before the targets, or "
+                            "`get_input`") from None
 
     def _inputs(self, b: Any) -> Any:
         "The model's inputs among what an iterable yields."

@@ -60,7 +60,7 @@ class Options:
 def _check_preinit(preinit: Any) -> None:
     if getattr(preinit, '__module__', '') == 'torch.nn.init':
         name = preinit.__name__
-        raise TypeError(f"preinit: got nn.init.{name}, which takes a tensor; a function of a layer is called for: "
+        raise TypeError(f"preinit: got nn.init.{name}, a function of a tensor; it takes a function of a layer, such as "
                         f"lambda layer: nn.init.{name}(layer.weight)")
     if preinit in ('orthogonal', None) or callable(preinit): return
     raise (ValueError if isinstance(preinit, str) else TypeError)(

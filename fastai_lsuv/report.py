@@ -58,7 +58,7 @@ class LSUVReport:
         row = next((r for r in self.rows if r.name == i), None)
         if row is not None: return row
         names = ', '.join(r.name for r in self.rows[:8]) + (', ...' if len(self) > 8 else '')
-        raise KeyError(f"{i!r} is no layer of this report; its layers are {names}")
+        raise KeyError(f"{i!r} is not a layer of this report; its layers are {names}")
 
     @property
     def ok(self) -> bool:

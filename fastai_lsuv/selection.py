@@ -22,7 +22,7 @@ RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
 
 def select_modules(
     model: nn.Module,
-    modules: Any = None,  # Types, a predicate of a module, names or globs, modules, or a list; `None`: every layer
+    modules: Any = None,  # Types, a function of a module, names or globs, modules, or a list; `None`: every layer
     loose: Sequence[Held] = ()  # Parameters that an entry may name, or a module may hold, in place of layers
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
@@ -33,7 +33,7 @@ def select_modules(
         picked = [(n, m) for n, m in named if is_layer(m) and id(m) not in inside]
         if picked or any(h.param.dim() > 1 for h in loose): return picked
         raise ValueError(f"model: {what} has no conv, linear or attention layer; name what to measure with `modules`")
-    takes = ("it takes types, a predicate of a module, names or globs as in `named_modules()`, modules, or a list of "
+    takes = ("it takes types, a function of a module, names or globs as in `named_modules()`, modules, or a list of "
              "these")
     entries = list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
     if not entries: raise ValueError(f"modules: got {modules!r}, which selects nothing; {takes}")
@@ -107,7 +107,7 @@ def measurable(
     "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
     for n, m in model.named_modules() if modules is None else select_modules(model, modules, loose):
         if _is_compiled_layer(m):
-            raise TypeError(f"model: {n or 'it'!r} is a {m.original_name} compiled by torch.jit, which Python hooks do "
+            raise TypeError(f"model: {repr(n) if n else 'it'} is a {m.original_name} compiled by torch.jit, which Python hooks do "
                             "not reach; initialize the model first, then script or trace it")
     units = [Unit(n, m) for n, m in select_modules(model, modules, loose)]
     for u in units:
@@ -133,8 +133,8 @@ def find_units(
     units = [u for u in units if u.layer is not None or holders.isdisjoint(map(id, u.module.modules()))]
     for u in units:
         if u.layer is None:
-            raise ValueError(f"modules: {u.name!r} ({u.kind}) holds no conv, linear or attention layer, nor a "
-                             "`weight`, to scale; leave it out")
+            raise ValueError(f"modules: {u.name!r} ({u.kind}) has no conv, linear or attention layer and no "
+                             "`weight` to scale; leave it out")
         rivals = (o for o in units if o is not u and o.layer is u.layer)
         inner = next((o for o in rivals if o.module in set(u.module.modules())), None)
         if inner is not None:

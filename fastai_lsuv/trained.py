@@ -72,7 +72,7 @@ class CallbackOnNewWeights(Callback):
             other = next((cb for cb in value.cbs if type(cb) is type(self) and cb is not self), None)
             if other is not None:
                 raise ValueError(f"cbs: got a second {type(self).__name__}; the Learner has {other!r} already. Keep "
-                                 f"one: `learn.remove_cb(learn.{self.name})` takes it away")
+                                 f"one: `learn.remove_cb(learn.{self.name})` removes the first")
         super().__setattr__(name, value)
         if name == 'learn' and value is not None: self.known.note(parameters(value.model))
 
@@ -92,7 +92,7 @@ class CallbackOnNewWeights(Callback):
         if self.anyway: return ''
         if plain(self.learn.model) in _INITIALIZED: return EARLIER
         if force: return ''
-        return "it comes from a file" if self.from_file else came_trained(self.learn, self.known)
+        return "it was loaded from a file" if self.from_file else came_trained(self.learn, self.known)
 
     def _holds_meaning(self) -> Callable[[Unit], bool]:
         "Which units hold weights that were loaded, were frozen, or belong to the body of a pretrained Learner."
@@ -123,14 +123,14 @@ class CallbackOnNewWeights(Callback):
 def came_trained(learn: Learner, known: KnownWeights) -> str:
     "Why no weight of the model is to be touched, or \"\"."
     start = next((cb for cb in learn.cbs if isinstance(cb, SkipToEpoch)), None)
-    if start is not None: return f"training goes on from epoch {start._skip_to}"
+    if start is not None: return f"training starts at epoch {start._skip_to}"
     if _was_trained(learn): return "it has been trained"
     params = parameters(learn.model)
     if params and len(known.written(params)) == len(params): return "its weights were loaded"
     # Where some are or were frozen, or the Learner knows of a pretrained body, the rest may well be a new head.
     if vars(learn).get('pretrained') or any(not p.requires_grad or known.was_frozen(p) for p in params): return ''
     learned = _learned_norm(learn.model)
-    return f"it comes trained: its norm layer {learned!r} has learned" if learned else ''
+    return f"it is trained: its norm layer {learned!r} has learned" if learned else ''
 
 
 def pretrained_body(learn: Learner) -> set[int]:

@@ -244,6 +244,7 @@ nav.sidebar a.here { color: var(--link); font-weight: 600; }
 main { padding: 1.5rem 2.5rem 4rem; }
 a { color: var(--link); text-decoration: none; }
 a:hover { text-decoration: underline; }
+h1, h2, h3, p, li { overflow-wrap: anywhere; }
 h1 { margin: .3rem 0; font-size: 2rem; }
 h2 { margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid var(--line); font-size: 1.45rem; }
 h3 { margin: 1.6rem 0 .5rem; font-size: 1.15rem; }

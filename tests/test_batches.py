@@ -56,8 +56,8 @@ def test_ragged_batches_are_not_gathered_and_this_is_said():
     learn = classifier(LSUVCallback(), clas_bs=3)
     learn.fit(1)
     lines = said(learn)
-    assert lines[0] == ('LSUV: mini-batches of 3 are of different shapes and cannot be gathered to min_samples=16; '
-                        'each is used as it is')
+    assert lines[0] == ('LSUV uses mini-batches of 3 samples: their shapes differ, so it cannot join them to '
+                        'min_samples=16.')
     assert len(lines) == 2 and learn.lsuv.report[0].shape[0] == 3
 
 

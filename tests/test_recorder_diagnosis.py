@@ -55,8 +55,8 @@ def test_a_healthy_network():
 def test_layer_and_steps_are_named(by, problem):
     d = recorded(mlp(), scale={'5': lambda t: by if t in (1, 2, 4) else 1.}).diagnose()
     assert [(f.layer, f.problem, f.spans, f.records, f.of) for f in d] == [('5', problem, [(1, 2), (4, 4)], 3, 5)]
-    assert repr(d).splitlines()[0] == '1 layer in trouble in 5 records (steps 0 to 4):'
-    assert f'- 5 Linear 32>10 {problem} over steps 1 to 2, 4 (3 of 5 records; ' in repr(d)
+    assert repr(d).splitlines()[0] == '1 layer has a problem in 5 records (steps 0 to 4):'
+    assert f'- 5 Linear 32>10 {problem} in 3 of 5 records (steps 1 to 2, 4): ' in repr(d)
 
 
 def test_layers_that_are_not_called_are_no_trouble():
@@ -87,7 +87,7 @@ def test_what_a_relu_silences_is_dead_at_any_scale(scale):
     rec = recorded(model, ['1', '2'], scale={'1': lambda t: scale})
     d = rec.diagnose(vanish=1e-4, explode=1e4)
     assert problems(d) == [('1', 'is mostly dead'), ('2', 'is mostly dead')]  # before the ReLU, and after it
-    assert all('(5 of 5 records; dead share up to ' in str(f) for f in d)
+    assert all(' in 5 of 5 records (steps 0 to 4): dead share up to ' in str(f) for f in d)
     assert rec.diagnose(vanish=1e-4, explode=1e4, dead=1.) == []
 
 

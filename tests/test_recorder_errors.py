@@ -29,7 +29,7 @@ READERS = {
 
 @pytest.mark.parametrize('reader', READERS)
 def test_before_a_fit_every_reader_says_that_nothing_is_recorded(reader):
-    with pytest.raises(ValueError, match='no (step|train) has been recorded yet: fit with this callback attached'):
+    with pytest.raises(ValueError, match='nothing is recorded yet: call `learn.fit` with this callback attached'):
         READERS[reader](ActivationStatsRecorder(hist=True))
     assert not plt.get_fignums()
 

@@ -47,7 +47,7 @@ def test_rows_of_a_real_report():
     assert all(x.std_range == pytest.approx((0.9, 1.1)) for x in r)
     assert r[0].mean_range == r[1].mean_range == pytest.approx((-0.75, 0.75))  # of 16 samples: 3/sqrt(16)
     assert all(abs(x.std_before - 1) > 0.1 for x in r) and r.order == 'std mean' and r.n_passes == 3
-    with pytest.raises(KeyError, match="'head' is no layer of this report; its layers are 0, 3"):
+    with pytest.raises(KeyError, match="'head' is not a layer of this report; its layers are 0, 3"):
         r['head']
     with pytest.raises(IndexError):
         r[2]

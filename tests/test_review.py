@@ -184,7 +184,7 @@ def test_a_large_parameter_that_the_forward_writes_is_named():
             with torch.no_grad(): self.table.add_(1)
             return self.lin(x)
 
-    with pytest.warns(UserWarning, match='forward pass writes to these parameters, which are not put back: table'):
+    with pytest.warns(UserWarning, match='the model wrote to these parameters, and LSUV cannot put them back: table'):
         lsuv_init(Writes(), torch.randn(64, 16))
 
 

@@ -443,7 +443,7 @@ def test_a_small_parameter_that_the_forward_writes(data):
 
 def test_a_large_parameter_that_the_forward_writes_is_named():
     model = Bank(2**14 + 1)
-    with pytest.warns(UserWarning, match=r'which are not put back: bank$'):
+    with pytest.warns(UserWarning, match=r'LSUV cannot put them back: bank$'):
         assert lsuv_init(model, torch.randn(32, 4)).ok
     assert model.bank[:8].any()
     model.fails, was = True, model.lin.weight.clone()

@@ -181,7 +181,7 @@ def learned(m):
 
 
 def test_a_pretrained_model_in_a_plain_learner():
-    left(learner(model=cnn().apply(learned), cbs=LSUVCallback()), "it comes trained: its norm layer '1' has learned")
+    left(learner(model=cnn().apply(learned), cbs=LSUVCallback()), "it is trained: its norm layer '1' has learned")
     initialized(learner(model=cnn().apply(learned), cbs=LSUVCallback(force=True)))
 
 
@@ -197,7 +197,7 @@ def test_a_pretrained_model_whose_norms_have_no_bias():
     def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 32), nn.RMSNorm(32), nn.ReLU(), nn.Linear(32, 4))
     model = mlp()
     nn.init.normal_(model[2].weight, 1., 0.1)
-    left(learner(model=model, cbs=LSUVCallback()), "it comes trained: its norm layer '2' has learned")
+    left(learner(model=model, cbs=LSUVCallback()), "it is trained: its norm layer '2' has learned")
     initialized(learner(model=mlp(), cbs=LSUVCallback()))
 
 
@@ -230,7 +230,7 @@ def test_another_model_is_another_matter():
 
 def test_start_epoch():
     learn = learner(cbs=LSUVCallback())
-    left(learn, 'training goes on from epoch 2', lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
+    left(learn, 'training starts at epoch 2', lambda cb: learn.fit(3, 0., start_epoch=2, cbs=cb))
     forced = learner(cbs=LSUVCallback(force=True))
     initialized(forced, lambda cb: forced.fit(3, 0., start_epoch=2, cbs=cb))
 
@@ -478,7 +478,7 @@ def test_load_learner(here):
         new = load_learner(here/file)
         new.dls,new.lines = loaders(),[]
         new.logger = new.lines.append
-        left(new, 'it comes from a file')
+        left(new, 'it was loaded from a file')
         assert (not new.lsuv.report) == (file == 'before.pkl')
         new.lsuv.reset()
         initialized(new)

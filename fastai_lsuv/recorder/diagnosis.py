@@ -31,11 +31,11 @@ class Finding:
 
     def __str__(self) -> str:
         spans = [f'{a}' if a == b else f'{a} to {b}' for a, b in self.spans[:3]]
-        more = f' and {len(self.spans)-3} more stretches' if len(self.spans) > 3 else ''
+        more = f' and {_number(len(self.spans) - 3, "more stretch", "more stretches")}' if len(self.spans) > 3 else ''
         one = len(spans) == 1 and self.spans[0][0] == self.spans[0][1]
         when = f"{'step' if one else 'steps'} {', '.join(spans)}{more}"
-        shown = f'{self.records} of {self.of} records; {self.words} {self.worst:.3g}'
-        return f'{self.label or self.layer} {self.problem} over {when} ({shown})'
+        shown = f'{self.records} of {_number(self.of, "record")}'
+        return f'{self.label or self.layer} {self.problem} in {shown} ({when}): {self.words} {self.worst:.3g}'
 
 
 class Diagnosis(list[Finding]):
@@ -52,11 +52,12 @@ class Diagnosis(list[Finding]):
     def __repr__(self) -> str:
         if not self: return f'No layer vanishes, explodes, saturates or is mostly dead in {self.over}.'
         n = len({f.layer for f in self})
-        return '\n'.join([f'{_number(n, "layer")} in trouble in {self.over}:', *(f'- {f}' for f in self)])
+        title = f'{_number(n, "layer has", "layers have")} a problem in {self.over}:'
+        return '\n'.join([title, *(f'- {f}' for f in self)])
 
 
-def _number(n: int, word: str) -> str:
-    return f'{n} {word}' + 's'*(n != 1)
+def _number(n: int, one: str, many: str = '') -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 class Limits(NamedTuple):

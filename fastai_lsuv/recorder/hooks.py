@@ -110,8 +110,8 @@ class RecordingHooks:
         if not self.due or self.checked_compile: return
         self.checked_compile = True
         if all(self.calls) or not _is_compiled(model): return
-        warnings.warn("ActivationStatsRecorder: the model was compiled before there was anything to record, so some "
-                      "layers were missed; it is compiled again for the next step")
+        warnings.warn("ActivationStatsRecorder missed some layers in this step: the model was compiled before the "
+                      "recorder was attached. It is compiled again for the next step.")
         torch.compiler.reset()
 
 

@@ -143,8 +143,9 @@ class RecordStore:
         self.fetch()
         rows = [r for p, rows in self.rows.items() for r in rows if phase in (None, p)]
         if not rows:
-            valid = " and `valid=True`" if phase == 'valid' and not self.options.valid else ''
-            raise ValueError(f"no {phase or 'step'} has been recorded yet: fit with this callback attached{valid}")
+            if phase == 'valid' and not self.options.valid:
+                raise ValueError("no validation is recorded: pass `valid=True` to ActivationStatsRecorder, then fit")
+            raise ValueError("nothing is recorded yet: call `learn.fit` with this callback attached")
         # The order is stable: training comes before validation of the same step.
         return sorted(rows, key=lambda r: (r.epoch, r.step))
 
