@@ -4,6 +4,7 @@ Backgrounds are translucent, and text has the colour of the page. A page that dr
 number. A long table is folded, and the whole of it is behind a click."""
 from __future__ import annotations
 
+import re
 from html import escape
 
 from .rows import DONE, Row
@@ -40,8 +41,8 @@ def report_html(
     whole: Table | None = None  # The same without folds, if it was folded
 ) -> str:
     "The summary, the table and what its statuses mean."
-    notes = ''.join([*(f'<p>{_status(s)} {escape(note)}</p>' for s, note in table.notes),
-                     *(f'<p>! {escape(r)}</p>' for r in remarks)])
+    notes = ''.join([*(f'<p>{_status(s)} {_words(note)}</p>' for s, note in table.notes),
+                     *(f'<p>! {_words(r)}</p>' for r in remarks)])
     n = len(table.rows)
     more = f'<details><summary>All {n} layers</summary>{_table(whole)}</details>' if whole is not None else ''
     return f'{_STYLE}<div class="lsuv"><p>{escape(summary)}</p>{_table(table)}{notes}{more}</div>'
@@ -64,6 +65,11 @@ def _cell(text: str, column: str, tag: str, row: Row | None) -> str:
     elif row is not None and column == 'std': inner = escape(text) + _bar(row.std, row, 'after')
     else: inner = escape(text)
     return f'{start}{inner}</{tag}>'
+
+
+def _words(text: str) -> str:
+    "A sentence, with what stands in backticks as code."
+    return re.sub(r'`([^`]+)`', r'<code>\1</code>', escape(text))
 
 
 def _status(status: str) -> str:

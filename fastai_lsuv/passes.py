@@ -88,7 +88,8 @@ class Passes:
         "Show `hear` the outputs of the units while `run()` runs the model, measuring, as it is."
         self.correct,self.hear = False,hear
         try:
-            with self.hooked(), measuring(self.model, NormWatch(), self._handlers), _eager(): run()
+            with self.hooked(), measuring(self.model, NormWatch(), self._handlers), _eager(), explained(self.model):
+                run()
         finally:
             self.hear = None
 

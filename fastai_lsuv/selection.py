@@ -107,8 +107,8 @@ def measurable(
     "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
     for n, m in model.named_modules() if modules is None else select_modules(model, modules, loose):
         if _is_compiled_layer(m):
-            raise TypeError(f"model: {repr(n) if n else 'it'} is a {m.original_name} compiled by torch.jit, which Python hooks do "
-                            "not reach; initialize the model first, then script or trace it")
+            raise TypeError(f"model: {repr(n) if n else 'it'} is a {m.original_name} compiled by torch.jit, which "
+                            "Python hooks do not reach; initialize the model first, then script or trace it")
     units = [Unit(n, m) for n, m in select_modules(model, modules, loose)]
     for u in units:
         for r in u.refs:

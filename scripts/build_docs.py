@@ -274,8 +274,8 @@ footer {
   border-top: 1px solid var(--line);
 }
 @media (max-width: 800px) {
-  body { display: block; }
-  nav.sidebar { position: static; height: auto; border-right: 0; border-bottom: 1px solid var(--line); }
+  body { display: flex; flex-direction: column; }
+  nav.sidebar { order: 2; position: static; height: auto; border-right: 0; border-top: 1px solid var(--line); }
   main { padding: 1rem; }
 }
 '''

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,15 +21,15 @@ FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--
 
 # A page with a frame for each page and width. It writes down the width and the height that the content takes.
 MEASURE = '''<!DOCTYPE html><body><script>
+const sticksOut = (e, width) => e.getBoundingClientRect().right > width + 1 && !e.closest('.output_subarea, .lsuv');
 const found = [];
 const frames = %s.map(([page, width]) => new Promise(done => {
   const f = document.createElement('iframe');
   f.style.width = width + 'px'; f.style.height = '800px'; f.style.border = 0; f.src = page;
   f.onload = () => {
-    const s = f.contentDocument.scrollingElement;
-    const out = [...f.contentDocument.querySelectorAll('main *')].filter(e =>
-      e.getBoundingClientRect().right > width + 1 && !e.closest('.output_subarea, .lsuv')).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 60));
-    found.push([page, width, s.scrollWidth, s.scrollHeight, out.slice(0, 3)]); done();
+    const d = f.contentDocument, s = d.scrollingElement;
+    const out = [...d.querySelectorAll('main *')].filter(e => sticksOut(e, width)).slice(0, 3);
+    found.push([page, width, s.scrollWidth, s.scrollHeight, out.map(e => e.textContent.trim().slice(0, 60))]); done();
   };
   document.body.append(f);
 }));
@@ -64,8 +65,7 @@ def main() -> int:  # 0 if no page scrolls sideways
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f'http://127.0.0.1:{server.server_port}'
     dom = chromium('--dump-dom', f'{url}/measure')
-    found = json.loads(re.search(r'<pre id="found">(.*)</pre>', dom, re.S)[1].replace('&gt;', '>').replace('&lt;', '<')
-                       .replace('&amp;', '&'))
+    found = json.loads(unescape(re.search(r'<pre id="found">(.*)</pre>', dom, re.S)[1]))
     wide = [(page, width, takes, out) for page, width, takes, _, out in found if takes > width]
     for page, width, takes, out in wide:
         print(f'{page} takes {takes} pixels in a window of {width}: {out}')
