@@ -220,7 +220,7 @@ def test_without_a_name_it_lists_them(capsys):
     said = capsys.readouterr().out
     for name in EXPERIMENTS:
         assert f'\n  {name} ' in said
-    assert len(EXPERIMENTS) == 7
+    assert len(EXPERIMENTS) == 9
     assert "'nothing' is no experiment" in main(['nothing']) and 'thread' in main(['nothing'])
 
 

@@ -20,6 +20,8 @@ EXPERIMENTS = {
     'batchsize': "how the scale that LSUV finds varies with the mini-batch",
     'why': "why mean 0 and std 1: products, sums and matrix products of normals",
     'depth': "how deep a plain ReLU network still trains, by its start",
+    'benefit': "does it help: networks that people train, with LSUV and without",
+    'signal': "why some starts fail: what is left of the samples, and the gradient, by layer",
 }
 LIST = '\n'.join(f'  {name:<12}{what}' for name, what in EXPERIMENTS.items())
 USAGE = f'usage: {PROGRAM} NAME [options]\n\n{LIST}\n\nNAME --help lists its options.'

@@ -1,0 +1,177 @@
+"Networks that people train: those of the study `benefit`. `ZOO` has their tasks and builders."
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Callable
+
+import torch
+from fastai.callback.rnn import rnn_cbs
+from fastai.tabular.model import TabularModel
+from fastai.text.models.awdlstm import AWD_LSTM
+from fastai.text.models.core import get_text_classifier
+from fastai.vision.models.xresnet import ResBlock, XResNet
+from torch import Tensor, nn
+from torchvision.models import ConvNeXt, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
+
+from .networks import Maxout, Residual, fitnet4
+from .starts import fill
+from .tasks import Task
+
+__all__ = ['Entry', 'ZOO', 'plain_cnn', 'NormFree', 'UNet', 'GPT']
+
+
+def plain_cnn(
+    task: Task,
+    act: Callable[[], nn.Module],
+    width: int = 8,  # Channels of the first stage
+    pieces: int = 1,  # Channels that the activation makes one of
+    lecun: bool = False  # Whether it starts from LeCun's weights, as networks with SELU do
+) -> nn.Sequential:
+    "Seven convolutions in three stages with max pooling between them, and a linear layer. There is no norm."
+    ni,layers = task.n_in,[]
+    for k, (nf, n) in enumerate(((width, 2), (2*width, 2), (4*width, 3))):
+        for _ in range(n):
+            layers += [nn.Conv2d(ni, nf*pieces, 3, padding=1), act()]
+            ni = nf
+        layers.append(nn.MaxPool2d(2) if k < 2 else nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(ni, task.n_out))
+    if lecun: fill(model, partial(nn.init.kaiming_normal_, nonlinearity='linear'))
+    return model
+
+
+def NormFree(task: Task, width: int = 8) -> nn.Sequential:
+    "A residual network without norm: six blocks of ReLU, conv, ReLU, conv."
+    def conv(ni, nf, stride=1): return nn.Conv2d(ni, nf, 3, stride, 1)
+    def block(nf): return Residual([nn.ReLU(), conv(nf, nf), nn.ReLU(), conv(nf, nf)])
+    stages = [[conv(ni, nf, stride), block(nf), block(nf)]
+              for ni, nf, stride in ((task.n_in, width, 1), (width, 2*width, 2), (2*width, 4*width, 2))]
+    head = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*width, task.n_out)]
+    return nn.Sequential(*sum(stages, []), *head)
+
+
+class UNet(nn.Module):
+    "A U-Net of three levels without norm."
+    def __init__(self, task: Task, width: int = 8):
+        super().__init__()
+        def two(ni, nf):
+            return nn.Sequential(nn.Conv2d(ni, nf, 3, padding=1), nn.ReLU(), nn.Conv2d(nf, nf, 3, padding=1), nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.down1,self.down2,self.bottom = two(task.n_in, width),two(width, 2*width),two(2*width, 4*width)
+        self.up2,self.up1 = nn.ConvTranspose2d(4*width, 2*width, 2, 2),nn.ConvTranspose2d(2*width, width, 2, 2)
+        self.join2,self.join1 = two(4*width, 2*width),two(2*width, width)
+        self.head = nn.Conv2d(width, task.n_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down1(x)
+        b = self.down2(self.pool(a))
+        x = self.bottom(self.pool(b))
+        x = self.join2(torch.cat([self.up2(x), b], 1))
+        return self.head(self.join1(torch.cat([self.up1(x), a], 1)))
+
+
+class _Block(nn.Module):
+    "A block of a GPT: attention, then two linear layers, each added to its input and behind a layer norm."
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1,self.norm2 = nn.LayerNorm(dim),nn.LayerNorm(dim)
+        self.qkv,self.proj = nn.Linear(dim, 3*dim),nn.Linear(dim, dim)
+        self.fc1,self.fc2 = nn.Linear(dim, 4*dim),nn.Linear(4*dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q,k,v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(out.transpose(1, 2).flatten(2))
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    "A small GPT with GPT-2's start: normal weights of std 0.02, and less at the end of a residual branch."
+    def __init__(self, task: Task, dim: int = 32, blocks: int = 2, heads: int = 4, length: int = 32):
+        super().__init__()
+        self.tokens,self.places = nn.Embedding(task.n_in, dim),nn.Parameter(torch.zeros(length, dim))
+        self.blocks = nn.Sequential(*[_Block(dim, heads) for _ in range(blocks)])
+        self.norm,self.head = nn.LayerNorm(dim),nn.Linear(dim, task.n_out, bias=False)
+        for name, p in self.named_parameters():
+            last = name.endswith(('proj.weight', 'fc2.weight'))
+            if p.ndim > 1: nn.init.normal_(p, std=.02/(2*blocks)**.5 if last else .02)
+            elif 'norm' not in name: nn.init.zeros_(p)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, classes, length), as cross-entropy takes it
+        x = self.tokens(x) + self.places[:x.shape[1]]
+        return self.head(self.norm(self.blocks(x))).transpose(1, 2)
+
+
+class _InColour(nn.Module):
+    "A network for images of three channels, given grey ones."
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor: return self.model(x.expand(-1, 3, -1, -1))
+
+
+def _xresnet(task: Task, width: int = 16) -> nn.Module:
+    model = XResNet(ResBlock, 1, [1]*4, c_in=task.n_in, n_out=task.n_out, stem_szs=(width, width, 64), widen=width/64)
+    return nn.Sequential(nn.Upsample(scale_factor=2), model)  # it begins by halving the image twice
+
+
+def _convnext(task: Task, width: int = 24) -> nn.Module:
+    stages = [CNBlockConfig(width, 2*width, 2), CNBlockConfig(2*width, None, 2)]
+    model = ConvNeXt(stages, num_classes=task.n_out)
+    stem = model.features[0][0]  # made for large images, it would leave 2x2 pixels of 8x8
+    stem.stride,stem.kernel_size,stem.weight = (2, 2),(2, 2),nn.Parameter(stem.weight.detach()[..., 1:3, 1:3].clone())
+    return _InColour(model)
+
+
+def _vit(task: Task, size: int = 8, width: int = 48) -> nn.Module:
+    return _InColour(VisionTransformer(size, size//4, 4, 4, width, 2*width, num_classes=task.n_out))
+
+
+def _mlp(task: Task, width: int = 64, depth: int = 6) -> nn.Sequential:
+    widths = [task.n_in, *[width]*(depth - 1), task.n_out]
+    return nn.Sequential(*sum(([nn.Linear(i, o), nn.ReLU()] for i, o in zip(widths, widths[1:])), [])[:-1])
+
+
+def _tabular(task: Task) -> nn.Module:
+    "What `tabular_learner` builds for 8 sizes (and an unknown one) and 30 numbers."
+    return TabularModel([(9, 5)], 30, task.n_out, [64, 32])
+
+
+def _awd_lstm(task: Task) -> nn.Module:
+    config = dict(emb_sz=32, n_hid=48, n_layers=2)
+    return get_text_classifier(AWD_LSTM, task.n_in, task.n_out, config=config, drop_mult=.3)
+
+
+@dataclass(frozen=True)
+class Entry:
+    "A network of the zoo."
+    what: str  # It, in words
+    task: str  # One of the names in `benefit.tasks`
+    build: Callable[[Task], nn.Module]
+    sgd: bool = False  # Whether SGD trains it, too
+    all_starts: bool = False  # Whether the rarer orders and options of LSUV are tried, too
+    cbs: Callable[[], list] = list  # Callbacks that it needs
+
+
+ZOO = {
+    'CNN ReLU': Entry('plain CNN of 8 layers, ReLU', 'classify', partial(plain_cnn, act=nn.ReLU), True, True),
+    'CNN GELU': Entry('plain CNN of 8 layers, GELU', 'classify', partial(plain_cnn, act=nn.GELU)),
+    'CNN tanh': Entry('plain CNN of 8 layers, tanh', 'classify', partial(plain_cnn, act=nn.Tanh), True, True),
+    'CNN SELU': Entry("plain CNN of 8 layers, SELU, LeCun's weights", 'classify',
+                      partial(plain_cnn, act=nn.SELU, lecun=True)),
+    'CNN maxout': Entry('plain CNN of 8 layers, maxout', 'classify', partial(plain_cnn, act=Maxout, pieces=2)),
+    'FitNet-4 ReLU': Entry("FitNet-4, 19 layers, a quarter of its filters", 'classify',
+                           lambda t: fitnet4('ReLU', n_in=t.n_in, n_out=t.n_out, width=.25), True, True),
+    'norm-free ResNet': Entry('residual network of 16 layers without norm', 'classify', NormFree, True, True),
+    'xresnet': Entry("fastai's xresnet of 4 blocks, batch norm", 'classify', _xresnet, True, True),
+    'ConvNeXt': Entry("torchvision's ConvNeXt of 4 blocks, layer norm", 'classify', _convnext),
+    'ViT': Entry("torchvision's ViT of 4 blocks, layer norm", 'classify', _vit),
+    'U-Net': Entry('U-Net of 3 levels without norm', 'segment', UNet, False, True),
+    'MLP': Entry('MLP of 6 layers, ReLU', 'diabetes', _mlp),
+    'tabular': Entry("the model of fastai's tabular_learner, batch norm", 'tumours', _tabular),
+    'AWD-LSTM': Entry("fastai's AWD-LSTM classifier", 'pages', _awd_lstm, cbs=rnn_cbs),
+    'GPT': Entry("GPT of 2 blocks, GPT-2's start, layer norm", 'characters', GPT),
+}

@@ -1,0 +1,251 @@
+"The study of whether LSUV helps: its runs can be stopped, its tables say what the runs say, its networks are right."
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from fastai_lsuv.experiments import benefit as study
+from fastai_lsuv.experiments import tasks
+from fastai_lsuv.experiments.benefit import COMMON, SCALES, STARTS, arms, benefit, steps_to
+from fastai_lsuv.experiments.data import InputError, get_images
+from fastai_lsuv.experiments.ledger import Ledger
+from fastai_lsuv.experiments.signal import begun, between_samples, by_layer, signal, summary
+from fastai_lsuv.experiments.verdict import at_best_rate, behind, compared, counts, picture, rates, scores, steps
+from fastai_lsuv.experiments.zoo import GPT, ZOO
+
+pytestmark = pytest.mark.usefixtures('axes')
+RATES = {'Adam': [.001, .01], 'SGD': [.1]}
+
+
+# --- a study that can be stopped
+
+def test_a_ledger_knows_what_is_done(tmp_path):
+    path = tmp_path/'a'/'runs.csv'
+    ledger = Ledger(path, ['name', 'seed'], ['score'])
+    ledger.add(dict(name='a, b', seed=1, score='0.5', more=3))
+    assert dict(name='a, b', seed=1) in ledger and dict(name='a, b', seed=2) not in ledger
+    again = Ledger(path, ['name', 'seed'], ['score'])
+    again.add(dict(name='c', seed=2, score=''))
+    df = Ledger(path, ['name', 'seed'], ['score']).df()
+    assert df.name.tolist() == ['a, b', 'c'] and df.seed.tolist() == [1, 2] and df.score.tolist()[0] == .5
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_ledger_drops_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path/'runs.csv'
+    path.write_text('name,seed,score\na,1,0.5\nb,1,0.')
+    ledger = Ledger(path, ['name', 'seed'], ['score'])
+    assert dict(name='b', seed=1) not in ledger and len(ledger) == 1
+    ledger.add(dict(name='b', seed=1, score=.25))
+    assert path.read_text() == 'name,seed,score\na,1,0.5\nb,1,0.25\n'
+
+
+def test_a_ledger_refuses_another_commands_file(tmp_path):
+    path = tmp_path/'runs.csv'
+    path.write_text('name,loss\na,1\n')
+    with pytest.raises(InputError, match=r'runs.csv: its columns are name, loss; .* name, seed, score'):
+        Ledger(path, ['name', 'seed'], ['score'])
+
+
+def test_without_a_file_the_ledger_is_in_memory():
+    ledger = Ledger(None, ['name'], ['score'])
+    ledger.add(dict(name='a', score=1))
+    assert dict(name='a') in ledger and ledger.df().score.tolist() == [1]
+
+
+def test_the_first_seed_comes_first():
+    jobs = arms(['CNN ReLU', 'MLP'], RATES, 2)
+    assert [j['seed'] for j in jobs] == sorted(j['seed'] for j in jobs)
+    of = {(j['network'], j['optimizer'], j['start']) for j in jobs}
+    assert {s for n, o, s in of if n == 'CNN ReLU' and o == 'Adam'} == set(STARTS)
+    assert {s for n, o, s in of if n == 'MLP'} == set(COMMON) and not any(n == 'MLP' and o == 'SGD' for n, o, _ in of)
+    assert len(jobs) == 2*(len(STARTS)*2 + len(COMMON)*1 + len(COMMON)*2)
+    assert len({tuple(j.items()) for j in jobs}) == len(jobs)
+
+
+def test_a_second_start_goes_on(tmp_path, monkeypatch, capsys):
+    options = dict(scale='ci', networks='MLP', lrs='0.01', out=str(tmp_path))
+    first = benefit(seeds=1, **options)
+    assert len(first) == len(COMMON) and first.start.tolist() == COMMON
+    assert first.normalized.tolist() == ['', *['6 of 6']*4] and first.score.nunique() > 1
+    ran = []
+    real = study.run
+    monkeypatch.setattr(study, 'run', lambda *args: ran.append(args[2]) or real(*args))
+    second = benefit(seeds=2, **options)
+    assert [j['seed'] for j in ran] == [2]*len(COMMON) and len(second) == 2*len(COMMON)
+    assert second[second.seed == 1].score.tolist() == first.score.tolist()
+    assert 'Points behind the best' in capsys.readouterr().out
+    assert (tmp_path/'benefit.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_run_depends_on_its_seed_alone():
+    job = dict(network='MLP', optimizer='Adam', start='std', lr=.01, seed=1)
+    def go(**more): return study.run(ZOO['MLP'], lambda name: tasks.diabetes(), job | more, SCALES['ci'])['loss']
+    torch.manual_seed(5)
+    assert go() == go() and go() != go(seed=2)
+
+
+@pytest.mark.parametrize('options,says', [
+    (dict(scale='large'), "--scale: got 'large'; it takes any of ci, small, paper"),
+    (dict(networks='CNN'), "--networks: got 'CNN'; it takes any of CNN ReLU"),
+    (dict(seeds=0), '--seeds: got 0'), (dict(sgd_lrs='x'), "--sgd-lrs: got 'x'"),
+])
+def test_bad_options(options, says):
+    with pytest.raises(InputError, match=says):
+        benefit(out='', **options)
+
+
+# --- what the runs say
+
+def runs(*rows):
+    "Rows of (network, start, lr, seed, score)."
+    df = pd.DataFrame(rows, columns=['network', 'start', 'lr', 'seed', 'score'])
+    count = np.where(df.score > .5, 10/df.score, np.nan)
+    return df.assign(optimizer='Adam', share=1 - df.score, **{'steps_0.5': count})
+
+
+RUNS = runs(
+    ('a', 'built', .1, 1, .9), ('a', 'built', .1, 2, .1), ('a', 'built', .01, 1, .6), ('a', 'built', .01, 2, .62),
+    ('a', 'lsuv', .1, 1, .8), ('a', 'lsuv', .1, 2, .8), ('a', 'lsuv', .01, 1, .05), ('a', 'lsuv', .01, 2, .05),
+    ('b', 'built', .1, 1, .7), ('b', 'built', .1, 2, .7), ('b', 'lsuv', .1, 1, .705), ('b', 'lsuv', .1, 2, .705),
+    ('c', 'built', .1, 1, .9), ('c', 'built', .1, 2, .9), ('c', 'lsuv', .1, 1, .4), ('c', 'lsuv', .1, 2, .4))
+
+
+def test_the_best_rate_is_that_of_the_mean():
+    best = at_best_rate(RUNS)
+    assert best[(best.network == 'a') & (best.start == 'built')].lr.unique() == [.01]
+    assert scores(RUNS).loc['a'].tolist() == ['61.0 ± 1.4', '80.0 ± 0.0']
+
+
+def test_a_rate_counts_if_every_seed_trains():
+    t = rates(RUNS)
+    assert t.loc['a'].tolist() == ['1 of 2', '1 of 2']  # one seed of `built` fails at .1
+    assert t.loc['c', 'lsuv'] == '1 of 1'
+
+
+def test_steps_of_the_rate_that_gets_there_first():
+    t = steps(RUNS)
+    assert t.loc['a', 'lsuv'] == '12' and t.loc['c', 'lsuv'] == '-' and t.loc['a', 'built'] == '16'
+
+
+def test_verdicts():
+    versus = compared(RUNS, 'built').set_index('network')
+    assert versus.verdict.to_dict() == dict(a='ahead', b='level', c='behind')
+    assert versus.ahead.to_dict() == pytest.approx(dict(a=.19, b=.005, c=-.5))
+    assert counts(versus.reset_index()).loc['lsuv'].tolist() == [1, 1, 1]
+
+
+def test_a_lead_within_its_error_is_level():
+    noisy = runs(('a', 'built', .1, 1, .5), ('a', 'built', .1, 2, .5),
+                 ('a', 'lsuv', .1, 1, .45), ('a', 'lsuv', .1, 2, .65))
+    assert compared(noisy, 'built').verdict.tolist() == ['level']
+
+
+def test_points_behind_the_best():
+    t = behind(RUNS, ['built', 'lsuv'])
+    assert t['mean'].to_dict() == dict(built=6.5, lsuv=16.7) and t['most'].to_dict() == dict(built=19., lsuv=50.)
+    assert t['on'].to_dict() == dict(built='a, Adam', lsuv='c, Adam')
+    assert t['best or within a point'].to_dict() == dict(built=2, lsuv=2)
+
+
+def test_another_optimizer_has_rows_of_its_own():
+    both = pd.concat([RUNS, RUNS.assign(optimizer='SGD')])
+    assert list(scores(both).index) == ['a', 'b', 'c', 'a, SGD', 'b, SGD', 'c, SGD']
+
+
+def test_picture_shows_each_start():
+    fig = picture(RUNS, ['built', 'lsuv'])
+    assert [ax.get_title() for ax in fig.axes] == ['at the best learning rate', 'mean over 2 learning rates']
+    built,_ = (line for line in fig.axes[0].get_lines())
+    assert list(built.get_xdata()) == pytest.approx([61, 70, 90])
+
+
+def test_steps_to_shares_of_the_constant_loss():
+    assert steps_to([2., 1.7, .9, .6, .4], 2.) == {'steps_0.9': 2, 'steps_0.75': 3, 'steps_0.5': 3, 'steps_0.25': 5}
+    assert steps_to([2.], 2.)['steps_0.9'] == '' and steps_to([float('nan')], 2.)['steps_0.9'] == ''
+
+
+# --- the tasks and the networks
+
+@pytest.fixture(scope='module')
+def images(): return get_images(n=64, size=8)
+
+
+def test_what_a_constant_answer_scores():
+    assert tasks.entropy(torch.tensor([0, 0, 1, 1])) == pytest.approx(math.log(2))
+    assert tasks.entropy(torch.tensor([[2, 2]])) == 0
+    assert tasks.explained(torch.zeros(4, 1), torch.tensor([[1.], [-1], [1], [-1]])) == 0
+    assert tasks.accuracy(torch.tensor([[[1., 0], [0, 1]]]), torch.tensor([[0, 0]])) == .5
+
+
+def test_a_segment_is_told_by_its_class(images):
+    x,y = next(iter(tasks.segment(images).dls(8).train))
+    assert y.shape == (8, 8, 8) and y.max() <= 10
+    for one in y: assert len(one.unique()) == 2 and (one == 0).any()  # the background, and one class
+    pred = nn.functional.one_hot(torch.where(y > 0, y, 1), 11).movedim(-1, 1).float()
+    assert tasks._foreground(pred, y) == 1 and tasks.accuracy(pred, y) < 1
+
+
+@pytest.mark.parametrize('make', [tasks.diabetes, tasks.tumours, tasks.pages, tasks.characters])
+def test_tasks_are_the_same_each_time_and_hold_out_a_fifth(make):
+    a,b = make(),make()
+    n,held = (len(part) for part in (a.dls(16).train_ds, a.dls(16).valid_ds))
+    assert a.constant == b.constant and .15 < held/(n + held) < .27
+    x,y = a.dls(16).valid.one_batch()[0],b.dls(16).valid.one_batch()[0]
+    assert torch.equal(x, y)
+
+
+def test_characters_are_to_be_predicted_by_those_before():
+    x,y = tasks.characters().dls(16).train.one_batch()
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    model = GPT(tasks.characters())
+    other = x.clone()
+    other[:, 20:] = 5
+    out,new = model(x),model(other)
+    assert torch.allclose(out[:, :, :20], new[:, :, :20], atol=1e-6) and not torch.allclose(out, new)
+
+
+@pytest.mark.parametrize('name', ZOO)
+def test_each_network_trains_a_step(name, images):
+    entry = ZOO[name]
+    task = study._TASKS[entry.task](lambda: images)
+    torch.manual_seed(0)
+    model = entry.build(task)
+    *xb,yb = task.dls(16).train.one_batch()
+    out = model.train()(*xb)
+    out = out[0] if isinstance(out, tuple) else out
+    loss = task.loss(out, yb)
+    loss.backward()
+    assert loss.item() < 3*task.constant + 1 and 0 <= task.score(out, yb) <= 1 or entry.task == 'diabetes'
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# --- why some starts fail
+
+def test_variance_between_samples():
+    assert between_samples(torch.ones(4, 1)*torch.arange(4.)) == 0
+    assert between_samples(torch.arange(4.)[:, None]*torch.ones(1, 3)) == pytest.approx(1)
+
+
+def test_layers_tell_of_samples_and_gradients():
+    torch.manual_seed(0)
+    x,y = torch.randn(64, 6),torch.randint(3, (64,))
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    rows = by_layer(begun(model, dict(order='std', last=.1), x), x, y)
+    assert [r['layer'] for r in rows] == [1, 2] and [r['std'] for r in rows] == pytest.approx([1, .1], abs=1e-3)
+    assert rows[1]['between'] == pytest.approx(between_samples(model(x)))
+    t = summary(pd.DataFrame(rows).assign(start='s'))
+    ratio = rows[0]['grad_std']/rows[1]['grad_std']
+    assert float(t['gradient std, first over last'].iloc[0]) == pytest.approx(ratio, rel=.05)
+
+
+@pytest.mark.slow
+def test_signal(tmp_path, capsys):
+    df = signal(n=64, depth=4, width=.1, lrs='0.01,0.001', epochs=1, seeds=1, out=str(tmp_path))
+    trained = pd.read_csv(tmp_path/'signal_training.csv')
+    assert len(trained) == 2*5*2 and df.start.nunique() == 5
+    assert df.groupby('network', sort=False).layer.max().tolist() == [19, 4]
+    assert 'gradient over weight' in capsys.readouterr().out and (tmp_path/'signal.png').exists()
