@@ -70,7 +70,7 @@ def test_a_second_start_goes_on(tmp_path, monkeypatch, capsys):
     options = dict(scale='ci', networks='MLP', lrs='0.01', out=str(tmp_path))
     first = benefit(seeds=1, **options)
     assert len(first) == len(COMMON) and first.start.tolist() == COMMON
-    assert first.normalized.where(~first.undone, '6 of 6').tolist() == ['', *['6 of 6']*4]
+    assert first.normalized.where(~first.undone, '6 of 6').fillna('').tolist() == ['', *['6 of 6']*4]
     assert not first.undone[:2].any() and first.score.nunique() > 1
     ran = []
     real = study.run

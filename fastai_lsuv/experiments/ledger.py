@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,8 @@ class Ledger:
             to.writerow(row)
 
     def df(self) -> pd.DataFrame:
-        "All rows. Columns of numbers are numbers."
-        df = pd.DataFrame(self.rows, columns=self.columns)
-        for c in df:
-            try: df[c] = pd.to_numeric(df[c])
-            except ValueError: pass
-        return df
+        "All rows, as pandas reads the file."
+        text = StringIO()
+        pd.DataFrame(self.rows, columns=self.columns).to_csv(text, index=False)
+        text.seek(0)
+        return pd.read_csv(text)
