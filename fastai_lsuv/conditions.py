@@ -126,15 +126,11 @@ def _bound(function: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 def _not_training(function: Callable) -> Callable:
     "`function`, a Python function of `torch.nn.functional`, called with `training=False`."
-    def handle(watch: NormWatch, *args, **kwargs):
-        bound = _signature(function).bind(*args, **kwargs)
-        bound.arguments['training'] = False
-        return function(*bound.args, **bound.kwargs)
-    return handle
+    return _without(function, 'training', list(_signature(function).parameters).index('training'), False)
 
 
 def _without(function: Callable, name: str, position: int, value: Any) -> Callable:
-    "`function`, a builtin, called with `value` as its argument `name` (at `position`)."
+    "`function`, called with `value` as its argument `name` (at `position`)."
     def handle(watch: NormWatch, *args, **kwargs):
         if len(args) > position: return function(*args[:position], value, *args[position + 1:], **kwargs)
         return function(*args, **{**kwargs, name: value})
@@ -203,6 +199,7 @@ def _switches(m: nn.Module) -> list[tuple[str, Any]]:
     "The attributes of `m` that switch its randomness off, and their values."
     if isinstance(m, _DropoutNd): return [('p', m.p)]  # a parent may read `p` and not call the module
     if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)): return [('dropout', m.dropout)]
+    if not _STOCHASTIC.search(type(m).__name__): return []
     # A container's mode decides what it calls in training, such as an auxiliary head.
     holds_layers = any(is_layer(c) for c in m.modules() if c is not m)
-    return [('training', m.training)] if _STOCHASTIC.search(type(m).__name__) and not holds_layers else []
+    return [('training', m.training)] if not holds_layers else []

@@ -141,10 +141,9 @@ class Discovery:
 
     def _uses(self, func: Callable, args: tuple, kwargs: dict) -> list[Use]:
         "The units that an operation uses."
-        if self._idle(): return []
         find = self.sources.find
         flat = [a for o in args for a in (o if isinstance(o, (list, tuple)) else (o,))] + list(kwargs.values())
-        if not any(isinstance(t, Tensor) and find(t) is not None for t in flat): return []
+        if not any(isinstance(t, Tensor) and find(t) is not None for t in flat) or self._idle(): return []
         call = OPERATIONS[func].call(args, kwargs)
         found = {n: v for n in call.operation.weights.split() if (v := find(call.given.get(n))) is not None}
         if len(found) != 1: return []

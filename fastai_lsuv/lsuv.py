@@ -127,7 +127,7 @@ def initialize(
                 n = _run(passes, feed, options.max_iter)
                 if not units: raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer, "
                                                "and applies no parameter in a linear operation that `modules` selects")
-                kept.rewind()
+                if loss is not None: kept.rewind()
                 check.take_after()
                 undone = check.failure
                 if undone and not force: raise _Undone

@@ -41,6 +41,7 @@ class Passes:
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
         self.norms,self.alike = NormWatch(),False
         self.begun = False  # Whether the model has run
+        self.busy = False  # Whether some unit is being corrected: what the model calls now runs the unit again
         self.hear: Callable[[Unit, Tensor], object] | None = None  # Shown the outputs, in place of measuring them
         self.rewind: Callable[[], object] = lambda: None  # Puts back the state that a pass leaves behind
 
@@ -103,11 +104,6 @@ class Passes:
         self.units.append(u)
         self.solvers[u] = choose_solver(u)
 
-    @property
-    def busy(self) -> bool:
-        "Whether some unit is being run again."
-        return any(s.running for s in self.solvers.values())
-
     @contextmanager
     def hooked(self) -> Iterator[None]:
         "Hooks on each unit. Those that keep the input or the output come ahead of others' hooks, which may change it."
@@ -159,7 +155,10 @@ class Passes:
             return None
         with torch._C.DisableTorchFunction():  # what happens in here is not the model's
             due = self._measure(u, first_tensor(out))
-        return solver.observe(out) if due else None
+        if not due: return None
+        was,self.busy = self.busy,True
+        try: return solver.observe(out)
+        finally: self.busy = was
 
     def _measure(self, u: Unit, x: Tensor | None) -> bool:  # Whether the unit is to be corrected
         "Measure a unit's output."

@@ -5,6 +5,7 @@ that can change. `put_back` takes items and writes those that have changed, one 
 other; all that failed are named in one `RestoreError` at the end. Ctrl-C waits until then."""
 from __future__ import annotations
 
+import gc
 import mmap
 import signal
 import threading
@@ -131,12 +132,22 @@ def survey(
     Plain objects that a module holds are opened too: a tracker with a counter, and what it holds. What cannot be read
     is left alone."""
     s = _Survey(but, tensors)
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass(), _no_collection():
         for name, o in named: s.begin(name, o)
         for _ in range(_MOST_THINGS):
             if not s.todo: break
             s.look(*s.todo.popleft())
     return s.items
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    "Keep the garbage collector, which thousands of new items would start again and again, from running."
+    enabled = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if enabled: gc.enable()
 
 
 class _Survey:
