@@ -36,7 +36,7 @@ _ROUNDS = 3
 _SMALL = 2**20
 # Numbers that go through the rounds together. Cores wait for each other more often with fewer; more of them leave the
 # cache.
-_CHUNK = 2**21
+_CHUNK = 2**19
 # Numbers in a matrix that a deck keeps, at most.
 _MOST_KEPT = 2**22
 

@@ -1,4 +1,5 @@
 "Restoring as a thing of its own: whatever an attribute holds, what changed is put back, and nothing else is written."
+import gc
 import random
 import signal
 import tracemalloc
@@ -618,3 +619,14 @@ def test_generators(kind):
     first = draw(m.g)
     s.restore()
     assert (draw(m.g) == first) == (kind != 'system') and changed() == ([] if kind == 'system' else ['g'])
+
+
+@pytest.mark.parametrize('enabled', [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled):
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        survey([('model', nn.Sequential(nn.Linear(2, 2)))])
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()
