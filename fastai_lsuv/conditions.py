@@ -164,33 +164,49 @@ class Functions(TorchFunctionMode):
     "Hands functions to their handlers. The mode is off while a handler runs."
     def __init__(self,
         around: dict[Callable, Callable],  # Handlers, called with what runs the function, its `args` and its `kwargs`
-        within: dict[Callable, Callable] | None = None  # Handlers that run a function in another way
+        within: dict[Callable, Callable] | None = None,  # Handlers that run a function in another way
+        taken: set[int] | None = None  # Gets the ids of the parameters that functions take, if it is to be known
     ):
         super().__init__()
         within = within or {}
         self.handlers = {**within, **{f: partial(h, within.get(f, f)) for f, h in around.items()}}
-        self.around = around
+        self.around,self.taken = around,taken
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.taken is not None: self._note(func, args, kwargs)
         handle = self.handlers.get(func)
         if handle is None: return func(*args, **kwargs) if kwargs else func(*args)
         if func in self.around: return handle(args, kwargs or {})
         if func in _NORMS and _in_transform(): handle = func
         return handle(*args, **(kwargs or {}))
 
+    def _note(self, func: Callable, args: tuple, kwargs: dict | None) -> None:
+        "Note the parameters that a function takes, one by one or in a list. One that reads an attribute takes none."
+        for a in (*args, *kwargs.values()) if kwargs else args:
+            if type(a) is nn.Parameter:
+                if not _reads(func): self.taken.add(id(a))
+            elif type(a) in (list, tuple): self.taken.update(id(p) for p in a if type(p) is nn.Parameter)
+
+
+def _reads(func: Callable) -> bool:
+    "Whether a function reads an attribute of a tensor that is no tensor itself."
+    of = getattr(func, '__self__', None)
+    return getattr(func, '__name__', '') == '__get__' and getattr(of, '__name__', '') not in ('T', 'mT', 'H', 'data')
+
 
 @contextmanager
 def measuring(
     model: nn.Module,
     watch: NormWatch,  # Told of the norm layers that run
-    around: dict[Callable, Callable] = {}  # Further handlers, as `Functions` takes them
+    around: dict[Callable, Callable] = {},
+    taken: set[int] | None = None  # These as `Functions` takes them
 ) -> Iterator[None]:
     "Train mode without dropout. The switches of dropout are put back here. `preserved` puts the modes back."
     was = [(m, k, v) for m in model.modules() for k, v in _switches(m)]
     try:
         model.train()
         for m, k, _ in was: setattr(m, k, False if k == 'training' else 0.)
-        with Functions(around, {f: partial(h, watch) for f, h in _HANDLERS.items()}): yield
+        with Functions(around, {f: partial(h, watch) for f, h in _HANDLERS.items()}, taken): yield
     finally:
         for m, k, v in was: setattr(m, k, v)
 

@@ -70,7 +70,8 @@ class Discovery:
     ):
         self.sources,self.selects,self.prepare = Sources(held),selects,prepare
         self.units: dict[Any, OperationUnit] = {}
-        self.declined: set[int] = set()  # Parameters in units that are not wanted
+        self.declined: set[int] = set()  # Parameters in units that are not wanted, by id
+        self.taken: set[int] = set()  # Parameters that some function took, by id
         self.passes: Passes | None = None
         self.own: Callable[[list[nn.Parameter]], object] = lambda params: None  # Called before parameters change
 
@@ -85,6 +86,32 @@ class Discovery:
         "End a pass."
         self.sources.copies = {}
 
+    def adopt(self, units: Iterable[Unit]) -> bool:  # Whether there are any
+        """Look for the weights of layers that were not called from now on.
+
+        Their parent may apply them by itself. Their rows are then those of the operations that do."""
+        layers = [u for u in units if u.is_module and u.layer is u.module and u.affine and not u.left_alone]
+        held = [Held(f'{u.name}.{k}' if u.name else k, u.module, k, p, u) for u in layers
+                for k, p in u.module._parameters.items() if p is not None]
+        self.sources.add(held)
+        return bool(held)
+
+    def missed(self) -> Iterator[OperationUnit]:
+        "Units for the slices of a parameter that no operation took, where it took others: experts without a token."
+        by_param: dict[int, dict[int, OperationUnit]] = {}
+        for u in self.units.values():
+            if (i := u.weight.view.index()) is not None: by_param.setdefault(id(u.weight.value), {})[i] = u
+        for found in by_param.values():
+            u = next(iter(found.values()))
+            view,step = u.weight.view,u.weight.value.stride(0)
+            first = u.weight.value.storage_offset()
+            for i in range(len(u.weight.value)):
+                if i in found: continue
+                other = View(view.held, first + i*step, view.size, view.stride)
+                unit = OperationUnit(other.name, other, u.weight.layout, None, True)
+                self.prepare(unit)
+                yield unit
+
     # ---- Handlers
 
     def _copy(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
@@ -98,15 +125,23 @@ class Discovery:
 
     def _attention(self, run: Callable, args: tuple, kwargs: dict) -> Any:
         "Attention projects its inputs out of sight. The same is done here before, to measure and correct it."
-        if not self._idle():
-            for x, w, b, name in _projections(_SIGNATURE.bind(*args, **kwargs).arguments):
-                view = self.sources.find(w)
-                if view is None: continue
-                if name: name = f'{view.held.name}[{name}]'
-                layout = OPERATIONS[F.linear].call((x, w, b), {}).layout('weight')
-                uses = self._use(view, layout, b, name=name)
-                if uses: self._show(uses, partial(F.linear, x, w, b))
-        return run(*args, **kwargs)
+        if self._idle(): return run(*args, **kwargs)
+        given = _SIGNATURE.bind(*args, **kwargs).arguments
+        for x, w, b, letter in _projections(given):
+            uses = self._linear(w, b, letter)
+            if uses: self._show(uses, partial(F.linear, x, w, b))
+        last = self._linear(given['out_proj_weight'], given['out_proj_bias'])  # unless a layer owns it
+        for u in last: self._before(u)
+        out = run(*args, **kwargs)
+        for u in last: self._after(u, out[0], lambda: run(*args, **kwargs)[0])
+        return out
+
+    def _linear(self, weight: Tensor, bias: Tensor | None, letter: str = '') -> list[Use]:
+        "The use of a weight as that of a linear layer."
+        view = self.sources.find(weight)
+        if view is None: return []
+        layout = OPERATIONS[F.linear].call((None, weight, bias), {}).layout('weight')
+        return self._use(view, layout, bias, name=f'{view.held.name}[{letter}]' if letter else '')
 
     def _show(self, uses: list[Use], run: Callable[[], Any]) -> Any:
         "Run an operation whose weights are units, and show the passes what it puts out."
@@ -176,7 +211,9 @@ class Discovery:
         return [Use(u, layout, bias.detach().flatten() if bias is not None else None, copies, rows)]
 
     def _new(self, name: str, view: View, layout: Layout, bias: View | None, affine: bool) -> OperationUnit | None:
-        if not self.selects(name, view.held.module):
+        adopted = view.held.unit
+        if adopted is not None and view.whole: name = adopted.name
+        if adopted is None and not self.selects(name, view.held.module):
             self.declined.add(id(view.held.param))
             return None
         others = [u.weight.view for u in self.units.values() if u.weight.value is view.held.param]
@@ -187,7 +224,8 @@ class Discovery:
         if tied and not u.left_alone: u.left_alone = 'tied'
         self.prepare(u)
         if not u.left_alone: self.own(u.parameters)
-        self.passes.add(u)
+        if adopted is not None: u.kind = adopted.kind
+        self.passes.add(u, adopted)
         return u
 
     def _grouped(self, call: Call, view: View, layout: Layout) -> list[Use]:

@@ -15,6 +15,7 @@ from typing import Any, Callable, Iterator
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .coverage import Coverage, weights_of
 from .discovery import Discovery
 from .evidence import Doubt, unusual
 from .feed import Feed
@@ -108,14 +109,7 @@ def initialize(
     "`lsuv_init` without its warning."
     model = plain(model)
     with Feed(model, batches, n_inp, get_input) as feed:
-        def prepare(u):
-            u.target = options.target(u)
-            if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
-
-        loose = loose_parameters(model)
-        units = in_step(lambda: find_units(model, options.modules, loose))
-        in_step(lambda: [prepare(u) for u in units])
-        discovery = Discovery(_but(loose, units), wanted(model, options.modules, units), prepare)
+        units,discovery = in_step(lambda: _units(model, options, keep))
         start = None
         if options.preinit is not None: start = partial(preinitialize, preinit=options.preinit, deck=deck_for(units))
         passes,check = Passes(model, units, watch, start, discovery),LossCheck(model, loss)
@@ -136,14 +130,26 @@ def initialize(
             failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]
             if failed:
                 raise RuntimeError(f"LSUV put the weights back, because {undone}. But it {' '.join(failed)}") from None
-            rows = [_row(u, before, undone=True) for u in _in_order(passes)]
         else:
             for u in units: u.finish()
-            rows = [_row(u, before) for u in _in_order(passes)]
             undone = ''
+        rows,held = _rows(passes, options.modules is not None, before, bool(undone))
         n_passes = n + bool(before) + (check.pair is not None)
         note = check.failure if force else check.note
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note or check.note, unusual(feed.batch))
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note or check.note, unusual(feed.batch),
+                          held.outside, held.share)
+
+
+def _units(model: nn.Module, options: Options, keep: Callable[[Unit], bool] | None) -> tuple[list[Unit], Discovery]:
+    "The units of `model`, with their targets, and what finds others as it runs."
+    def prepare(u):
+        u.target = options.target(u)
+        if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
+
+    loose = loose_parameters(model)
+    units = find_units(model, options.modules, loose)
+    for u in units: prepare(u)
+    return units, Discovery(_but(loose, units), wanted(model, options.modules, units), prepare)
 
 
 def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[float, float]]:
@@ -184,7 +190,7 @@ def _preserved(model: nn.Module, units: list[Unit]):
 
 def _but(loose: list[Held], units: list[Unit]) -> list[Held]:
     "The loose parameters that no unit is made of."
-    taken = {id(p) for u in units for p in made_of(u.layer)}
+    taken = {id(p) for u in units if u.layer is not None for p in made_of(u.layer)}
     return [h for h in loose if id(h.param) not in taken]
 
 
@@ -232,15 +238,21 @@ def layer_stats(
         loose = loose_parameters(model)
         units = measurable(model, modules, loose)
         for u in units: prepare(u)
-        passes = Passes(model, units, discovery=Discovery(loose, wanted(model, modules, units), prepare))
+        discovery = Discovery(_but(loose, units), wanted(model, modules, units), prepare)
+        passes = Passes(model, units, discovery=discovery)
         gradients: dict[Unit, dict[str, float | None]] = {}
         with preserved(model) as kept, Generators().again():
-            passes(feed.batch, correct=False)
+            n_passes = 1
+            if passes(feed.batch, correct=False):  # layers were not called, and are looked for in operations
+                kept.rewind()
+                passes(feed.batch, correct=False, fresh=False)
+                n_passes += 1
             if loss is not None:
                 kept.rewind()
                 gradients = gradients_of(passes, loss)
-        rows = [replace(_row(u, {}), **gradients.get(u, {})) for u in _in_order(passes)]
-        return LSUVReport(rows, n_passes=1 + (loss is not None))
+        rows,held = _rows(passes, modules is not None)
+        rows = [replace(r, **gradients.get(u, {})) for r, u in zip(rows, _in_order(passes))]
+        return LSUVReport(rows, n_passes=n_passes + (loss is not None), outside=held.outside, coverage=held.share)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -264,7 +276,19 @@ def _in_order(passes: Passes) -> list[Unit]:
     return [*passes.order, *(u for u in passes.units if u not in passes.order)]
 
 
-def _row(u: Unit, before: dict[Unit, tuple[float, float]], undone: bool = False) -> Row:
+def _rows(
+    passes: Passes,
+    selected: bool,  # Whether `modules` selects some units, and not all
+    before: dict[Unit, tuple[float, float]] | None = None,  # Mean and std before anything was done
+    undone: bool = False  # Whether the weights were put back
+) -> tuple[list[Row], Coverage]:
+    "A row a unit, in order of execution, and what is in no row."
+    passes.units += passes.discovery.missed()
+    held = Coverage(passes.model, passes.units, passes.discovery, selected)
+    return [_row(u, weights_of(u, held.names), before or {}, undone) for u in _in_order(passes)], held
+
+
+def _row(u: Unit, weights: tuple[str, ...], before: dict[Unit, tuple[float, float]], undone: bool) -> Row:
     status,was = u.verdict(),before.get(u, (None, None))
     mean = std = float('nan')
     mean_range = None
@@ -275,7 +299,8 @@ def _row(u: Unit, before: dict[Unit, tuple[float, float]], undone: bool = False)
     if undone and u.written:
         status,passes,gain = Status.UNDONE,0,1.
         mean,std = was if was[0] is not None else (float('nan'), float('nan'))
-    return Row(u.name, u.kind, shape, mean, std, *was, passes, status.value, gain, mean_range, u.target.std_range())
+    return Row(u.name, u.kind, shape, mean, std, *was, passes, status.value, gain, mean_range, u.target.std_range(),
+               weights)
 
 
 def _pair(m: Moments, per_channel: bool) -> tuple[float, float]:

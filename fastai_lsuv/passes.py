@@ -40,7 +40,7 @@ class Passes:
         self.owners: dict[Any, Unit] = {}  # Of each weight and bias, the unit that ran first
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
         self.norms,self.alike = NormWatch(),False
-        self.begun = False  # Whether the model has run
+        self.begun = self.adopted = False  # Whether the model has run, and whether what it did not call was looked for
         self.busy = False  # Whether some unit is being corrected: what the model calls now runs the unit again
         self.hear: Callable[[Unit, Tensor], object] | None = None  # Shown the outputs, in place of measuring them
         self.rewind: Callable[[], object] = lambda: None  # Puts back the state that a pass leaves behind
@@ -57,11 +57,12 @@ class Passes:
         self.begun = True
         self.norms.reset()
         if fresh: self.alike = samples_alike(batch)
-        with self.hooked(), measuring(self.model, self.norms, self._handlers), _eager(): call(self.model, cloned(batch))
+        with self.hooked(), measuring(self.model, self.norms, *self._seen_by), _eager():
+            call(self.model, cloned(batch))
         self._forget_stale()
         if correct: self._correct_between()
         for u in self.units: u.end()
-        return any(u.changed for u in self.units)
+        return self._adopt() or any(u.changed for u in self.units)
 
     def _forget_stale(self) -> None:
         "What earlier passes saw of a unit counts no more once a unit that runs before it has changed."
@@ -83,26 +84,37 @@ class Passes:
         "Measure the units while `run()` runs the model as it is."
         for u in self.units: u.begin()
         self.correct,self.ran,self.begun = False,0,True
-        with self.hooked(), Functions(self._handlers), _eager(): run()
+        with self.hooked(), Functions(*self._seen_by), _eager(): run()
 
     def listen(self, run: Callable[[], Any], hear: Callable[[Unit, Tensor], object]) -> None:
         "Show `hear` the outputs of the units while `run()` runs the model, measuring, as it is."
         self.correct,self.hear = False,hear
         try:
-            with self.hooked(), measuring(self.model, NormWatch(), self._handlers), _eager(), explained(self.model):
+            with self.hooked(), measuring(self.model, NormWatch(), *self._seen_by), _eager(), explained(self.model):
                 run()
         finally:
             self.hear = None
 
     @property
-    def _handlers(self) -> dict[Callable, Callable]:
-        "What sees the operations of a pass, by function."
-        return self.discovery.handlers if self.discovery is not None else {}
+    def _seen_by(self) -> tuple[dict[Callable, Callable], set[int] | None]:
+        "What sees the operations of a pass, by function, and what notes the parameters that they take."
+        d = self.discovery
+        return (d.handlers, d.taken) if d is not None and d.handlers else ({}, None)
 
-    def add(self, u: Unit) -> None:
-        "Take in a unit that was found in a pass."
+    def add(self, u: Unit, adopted: Unit | None) -> None:
+        "Take in a unit that was found in a pass, in place of a layer whose weight it is."
+        if adopted in self.units: self.units.remove(adopted)
         self.units.append(u)
         self.solvers[u] = choose_solver(u)
+
+    def _adopt(self) -> bool:
+        "After the first pass: whether layers that it did not call are to be looked for in operations."
+        if self.adopted or self.discovery is None: return False
+        self.adopted = True
+        units = [u for u in self.units if u.layer is not None]
+        called = {id(p) for u in units if u.latest is not None for p in u.parameters}
+        missed = (u for u in units if u.latest is None)
+        return self.discovery.adopt(u for u in missed if called.isdisjoint(map(id, u.parameters)))
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

@@ -31,7 +31,12 @@ class LSUVReport:
     What became of a unit is its `status`: "ok", "no bias" (std right, and no bias to move the mean with), "off",
     "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "faint", "not called", "non-finite" or "undone";
     `STATUSES` explains them. A unit is "ok" only if its std was measured within `batch_tol` of its target and, where
-    the order ends with a mean loop, its mean as close to its target as so many samples can tell."""
+    the order ends with a mean loop, its mean as close to its target as so many samples can tell.
+
+    A row's `weights` names the parameters that it speaks for. Each other parameter of two or more dimensions is in
+    `outside`, with a word why: "embedding", "recurrent", "not selected" (by `modules`), "not called", "vector" (one
+    number a channel) or "not linear" (no linear operation takes it). `coverage` is the share of their elements that
+    are in rows."""
     def __init__(self,
         rows: list[Row],  # In order of execution
         order: str = '',  # The loops that were run; "" if none
@@ -39,10 +44,13 @@ class LSUVReport:
         loss: tuple[float, float] | None = None,  # Training loss before and after, if it was taken
         undone: str = '',  # Why the weights were put back; "" if they were not
         loss_note: str = '',  # What is to be said of the loss, or why it was not taken
-        unusual: str = ''  # What sets the last mini-batch apart from those that networks train on
+        unusual: str = '',  # What sets the last mini-batch apart from those that networks train on
+        outside: dict[str, str] | None = None,  # Parameters of two or more dimensions in no row, each with a word why
+        coverage: float = 1.  # Share of the elements of parameters of two or more dimensions that are in rows
     ):
         self.rows,self.order,self.n_passes = tuple(rows),order,n_passes
         self.loss,self.undone,self.loss_note,self.unusual = loss,undone,loss_note,unusual
+        self.outside,self.coverage = dict(outside or {}),coverage
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
@@ -93,8 +101,9 @@ class LSUVReport:
     @property
     def summary(self) -> str:
         "What came of it, in one line."
-        if not self.order: return sentences.seen(self.rows)
-        return sentences.done(self.rows, self.order, self.n_passes, self.loss, self.loss_note)
+        if not self.order: what = sentences.seen(self.rows)
+        else: what = sentences.done(self.rows, self.order, self.n_passes, self.loss, self.loss_note)
+        return what + sentences.covered(self.coverage, self.outside)
 
     def df(self) -> DataFrame:  # A row a unit, in order of execution
         "A DataFrame: a row a unit, the fields of `Row` as columns; baseline and gradients only if they were asked for."

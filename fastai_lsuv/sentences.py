@@ -1,12 +1,15 @@
 "What a report says in sentences. `report` puts them together for a warning, a log line or a page."
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Sequence
 
 from .rows import DONE, STATUSES, Row, counted, number, some_names
 
-__all__ = ['seen', 'done', 'left_alone', 'remarks']
+__all__ = ['seen', 'done', 'covered', 'left_alone', 'remarks']
+
+_NEARLY_ALL = 0.99  # A coverage below this is told
 
 
 def _others(rows: Sequence[Row]) -> str:
@@ -38,6 +41,17 @@ def done(
     layers = counted(len(rows), 'layer')
     return (f"LSUV: {_n_done(rows)} of {layers} at {_target(rows, order)}{of_them}{_others(rows)}. "
             f"Order {order!r}, {counted(n_passes, 'forward pass', 'forward passes')}.{told}{'.' if told else ''}")
+
+
+def covered(
+    coverage: float,
+    outside: dict[str, str]  # Both as in `LSUVReport`
+) -> str:
+    "How much of the weights the rows speak for, where that is not nearly all."
+    if coverage >= _NEARLY_ALL: return ''
+    kinds = ', '.join(dict.fromkeys(outside.values()))
+    rest = f' (outside: {kinds})' if kinds else ''
+    return f" The rows hold {math.floor(coverage*1000)/10:g} % of the weights{rest}."
 
 
 def _target(rows: Sequence[Row], order: str) -> str:

@@ -26,6 +26,7 @@ class Held:
     module: nn.Module
     attribute: str
     param: nn.Parameter
+    unit: Any = None  # The unit whose layer holds it, if the model applies it without calling the layer
 
 
 @dataclass
@@ -192,10 +193,16 @@ class ViewRef(WeightRef):
 class Sources:
     "Parameters that a tensor may come from."
     def __init__(self, held: Iterable[Held]):
-        self.by_id = {id(h.param): h for h in held}
+        self.by_id: dict[int, Held] = {}
         self.by_storage: dict[int, list[Held]] = {}
-        for h in self.by_id.values(): self.by_storage.setdefault(h.param.untyped_storage()._cdata, []).append(h)
         self.copies: dict[int, Copy] = {}
+        self.add(held)
+
+    def add(self, held: Iterable[Held]) -> None:
+        for h in held:
+            if id(h.param) in self.by_id or type(h.param) is not nn.Parameter: continue
+            self.by_id[id(h.param)] = h
+            self.by_storage.setdefault(h.param.untyped_storage()._cdata, []).append(h)
 
     def find(self, t: Any) -> View | None:
         "The elements of a parameter that `t` holds, as they are or as a copy; `None` if it holds others."

@@ -28,9 +28,8 @@ def init(model, batch, **kwargs):
 @torch.no_grad()
 def stds_by_name(model, batch, names):
     "The std of what the modules and the operations of these names put out in training, over all their calls."
-    of_operations = set(names) - {n for n, _ in model.named_modules()}
-    judged = judge(deepcopy(model), batch) if of_operations else {}
-    names = [n for n in names if n not in of_operations]
+    judged = judge(deepcopy(model), batch)
+    names = [n for n in names if n in dict(model.named_modules())]
     outs,model = {n: [] for n in names},deepcopy(model).train()
     for m in model.modules():
         if isinstance(m, nn.MultiheadAttention):
@@ -40,7 +39,7 @@ def stds_by_name(model, batch, names):
         model.get_submodule(n).register_forward_hook(keep)
     model(*batch) if isinstance(batch, tuple) else model(batch)
     stds = {n: torch.cat([o.flatten() for o in outs[n]]).double().std().item() for n in names if outs[n]}
-    return stds | {n: s for n, s in judged.items() if n in of_operations}
+    return judged | stds
 
 
 def statuses(rows): return {n: r.status for n, r in rows.items()}

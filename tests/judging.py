@@ -26,29 +26,45 @@ class Seen(dict):
 
 
 class Operations(TorchFunctionMode):
-    "Measures operations on the parameters of no layer, under the name of the parameter or its slice."
+    "Measures operations on parameters, under the name of the parameter, of its slice, or of the layer that holds it."
     def __init__(self, model, seen):
         super().__init__()
-        of_layers = {id(p) for m in model.modules() if isinstance(m, LAYERS[:3]) for p in m.parameters()}
-        self.seen,self.params = seen,{p.untyped_storage().data_ptr(): (n, p) for n, p in model.named_parameters()
-                                      if id(p) not in of_layers and p.dim() > 1}
+        self.seen,self.params,self.out_strides,self.kept = seen,{},{},[]
+        self.of_layers = Seen()  # operations on the weights of layers, which may not be called as such
+        layers = {id(p): n for n, m in model.named_modules() if isinstance(m, LAYERS[:3]) for p in m.parameters()}
+        for n, p in model.named_parameters():
+            if p.dim() > 1: self.params[p.untyped_storage().data_ptr()] = layers.get(id(p), n), p, id(p) in layers
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        names = {n for i in OPERATIONS.get(func, ()) if i < len(args) and (n := self.name(args[i]))}
-        if len(names) == 1: self.seen.add(names.pop(), out)
-        if 'grouped_mm' in getattr(func, '__name__', '') and (n := self.name(args[1])):
-            ends = (kwargs or {})['offs'].tolist()
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if 'weight' in kwargs and OPERATIONS.get(func) == [1]: args = (args[0] if args else None, kwargs['weight'])
+        found = [(i, f) for i in OPERATIONS.get(func, ()) if i < len(args) and (f := self.find(args[i]))]
+        if len(found) == 1:
+            (i, (name, p, of_layer)), = found
+            if args[i].dim() == 2:  # a weight that is used in both directions has two names
+                dim = 0 if func in (F.linear, torch.conv1d) or i == 0 else 1
+                name += ' (2)'*(self.out_strides.setdefault(name, args[i].stride(dim)) != args[i].stride(dim))
+            (self.of_layers if of_layer else self.seen).add(name, out)
+        if 'grouped_mm' in getattr(func, '__name__', '') and (f := self.find(args[1])):
+            ends = kwargs['offs'].tolist()
             for i, (a, b) in enumerate(zip([0, *ends], ends)):
-                if b > a: self.seen.add(f'{n}[{i}]', out[a:b])
+                if b > a: self.seen.add(f'{f[0]}[{i}]', out[a:b])
+        if func is Tensor.mul and (f := self.find(args[0])) and out.shape == args[0].shape:
+            self.params[out.untyped_storage().data_ptr()] = f
+            self.kept.append(out)  # so that nothing else gets its memory
         return out
 
-    def name(self, t):
+    def find(self, t):
         if not isinstance(t, Tensor) or t.numel() == 0: return None
-        name, p = self.params.get(t.untyped_storage().data_ptr(), ('', None))
-        if p is None or t.numel() == p.numel() or 0 in t.stride(): return name
-        i, rest = divmod(t.storage_offset(), p.stride(0))
-        return f'{name}[{i}]' if t.numel() == p[0].numel() and rest == 0 else f'{name}[?]'
+        name, p, of_layer = self.params.get(t.untyped_storage().data_ptr(), ('', None, False))
+        if p is None: return None
+        if t.numel() == p.numel() or 0 in t.stride(): return name, p, of_layer
+        first, rest = divmod(t.storage_offset(), p.stride(0))
+        if t.dim() == p.dim() and t.stride() == p.stride() and rest == 0:
+            part = f'{first}:{first + len(t)}' if t.shape[1] == p.shape[1] else f':, 0:{t.shape[1]}'
+        else: part = str(first) if t.numel() == p[0].numel() and rest == 0 else '?'
+        return f'{name}[{part}]', p, of_layer
 
 
 @torch.no_grad()
@@ -89,11 +105,13 @@ def judge(model, batch):
              if isinstance(m, LAYERS) and m not in inside]
     hooks += [m.register_forward_pre_hook(see_attention(n), with_kwargs=True) for n, m in model.named_modules()
               if isinstance(m, nn.MultiheadAttention)]
-    with Operations(model, seen):
+    with Operations(model, seen) as operations:
         if isinstance(batch, dict):
             model(**batch)
         else:
             model(*batch) if isinstance(batch, tuple) else model(batch)
     for h in hooks:
         h.remove()
-    return seen.stds()
+    # What computes a weight from another may take it in both directions.
+    of_layers = {n: s for n, s in operations.of_layers.stds().items() if '(2)' not in n}
+    return {**of_layers, **seen.stds()}

@@ -1,4 +1,4 @@
-"""The networks that LSUV is judged on: torchvision, timm, fastai, and hard cases made by hand.
+"""The networks that LSUV is judged on: torchvision, timm, fastai, transformers, torch_geometric, and hard cases.
 
 Weights are never downloaded."""
 from __future__ import annotations
@@ -104,12 +104,6 @@ def _():
 
 @network('torchvision/swin')  # the attention applies the weights of its `qkv` and `proj` itself, without calling them
 def _(): return tv().SwinTransformer([4, 4], 24, [2, 2, 2], [2, 4, 8], [4, 4], num_classes=10), images(8)
-
-
-NETWORKS['torchvision/swin'].statuses.update({
-    f'features.{i}.{j}.attn.{layer}': 'not called'
-    for i in (1, 3, 5) for j in (0, 1) for layer in ('qkv', 'proj')
-})
 
 
 @network('torchvision/deeplabv3')
@@ -525,3 +519,208 @@ def _():
 
 @network('hand/data_off_zero')  # mean many times its std: the moments must not lose digits
 def _(): return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), 1000 + torch.randn(256, 32)
+
+
+# --- transformers and torch_geometric, from small configurations
+
+SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, dropout=0.,
+             attention_dropout=0., activation_dropout=0., layerdrop=0.)
+
+
+def tokens(n: int = 16, length: int = 24): return torch.randint(3, 99, (n, length))
+
+
+def _transformers(name: str, model: str, statuses: dict | None = None, batch: Callable | None = None, **sizes):
+    "The model of this class, of the configuration that it takes, changed by `sizes`."
+    def make():
+        import transformers
+        cls = getattr(transformers, model)
+        made = cls(cls.config_class(**{k: v for k, v in {**SMALL, **sizes}.items() if v is not None}))
+        return made, batch() if batch else dict(input_ids=tokens(), use_cache=False)
+    NETWORKS[f'transformers/{name}'] = Network(f'transformers/{name}', make, statuses or {})
+
+
+def encoded(): return dict(input_ids=tokens())
+def pictures(): return dict(pixel_values=images(16, 32))
+def translated(): return dict(input_ids=tokens(), decoder_input_ids=tokens(length=12), use_cache=False)
+
+
+EXPERTS = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+_transformers('gpt2', 'GPT2LMHeadModel', {'lm_head': 'tied'}, n_embd=32, n_layer=2, n_head=4)
+_transformers('openai_gpt', 'OpenAIGPTLMHeadModel', {'lm_head': 'tied'}, encoded, n_embd=32, n_layer=2, n_head=4)
+_transformers('llama', 'LlamaForCausalLM')
+_transformers('mixtral', 'MixtralForCausalLM', **EXPERTS, num_key_value_heads=2)
+_transformers('mixtral_eager', 'MixtralForCausalLM', **EXPERTS, num_key_value_heads=2, experts_implementation='eager')
+_transformers('qwen3_moe', 'Qwen3MoeForCausalLM', **EXPERTS, head_dim=8)
+_transformers('gpt_oss', 'GptOssForCausalLM', **EXPERTS, head_dim=8, num_key_value_heads=2)
+_transformers('t5', 'T5ForConditionalGeneration', {'lm_head': 'tied'}, translated, d_model=32, d_kv=8, d_ff=48,
+              num_layers=2, num_heads=4, decoder_start_token_id=0)
+_transformers('bart', 'BartForConditionalGeneration', {'lm_head': 'tied'}, translated, d_model=32, encoder_layers=2,
+              decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4,
+              decoder_attention_heads=4)
+_transformers('mamba', 'MambaForCausalLM', {'lm_head': 'tied'}, state_size=8)
+_transformers('whisper', 'WhisperForConditionalGeneration', {'proj_out': 'tied'},
+              lambda: dict(input_features=torch.randn(8, 16, 48), decoder_input_ids=tokens(8, 12), use_cache=False),
+              d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+              encoder_attention_heads=4, decoder_attention_heads=4, num_mel_bins=16, max_source_positions=24,
+              max_target_positions=32, decoder_start_token_id=1)
+_transformers('bert', 'BertForMaskedLM', {'cls.predictions.decoder': 'tied'}, encoded)
+_transformers('albert', 'AlbertForSequenceClassification', batch=encoded, embedding_size=16)
+_transformers('xlnet', 'XLNetLMHeadModel', {'lm_loss': 'tied'}, encoded, d_model=32, n_layer=2, n_head=4, d_inner=48,
+              max_position_embeddings=None)
+_transformers('bloom', 'BloomForCausalLM', {'lm_head': 'tied'}, n_layer=2, n_head=4)
+_transformers('deberta', 'DebertaV2ForSequenceClassification', batch=encoded, relative_attention=True,
+              pos_att_type=['p2c', 'c2p'])
+_transformers('vit', 'ViTForImageClassification', batch=pictures, image_size=32, patch_size=8)
+_transformers('beit', 'BeitForImageClassification', batch=pictures, image_size=32, patch_size=8,
+              use_relative_position_bias=True)
+_transformers('wav2vec2', 'Wav2Vec2ForCTC', batch=lambda: dict(input_values=torch.randn(4, 1600)),
+              conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), num_conv_pos_embeddings=16,
+              num_conv_pos_embedding_groups=4)
+
+
+@network('transformers/clip')
+def _():
+    from transformers import CLIPConfig, CLIPModel
+    vision = dict(SMALL, image_size=32, patch_size=8, projection_dim=16)
+    config = CLIPConfig(text_config=SMALL, vision_config=vision, projection_dim=16)
+    return CLIPModel(config), {**pictures(), **encoded()}
+
+
+def graph(n: int = 120, channels: int = 12): return torch.randn(n, channels), torch.randint(0, n, (2, 6*n))
+
+
+def _geometric(name: str, cls: str, statuses: dict[str, str] | None = None, **kwargs):
+    def make():
+        import torch_geometric.nn
+        return getattr(torch_geometric.nn, cls)(12, 16, 3, 5, **kwargs), graph()
+    NETWORKS[f'torch_geometric/{name}'] = Network(f'torch_geometric/{name}', make, statuses or {})
+
+
+_geometric('gcn', 'GCN')
+_geometric('graph_sage', 'GraphSAGE')
+_geometric('gin', 'GIN')
+_geometric('gat', 'GAT', heads=2)
+_geometric('gatv2', 'GAT', heads=2, v2=True)
+_geometric('pna', 'PNA', aggregators=['mean', 'max', 'std'], scalers=['identity', 'amplification'],
+           deg=torch.tensor([1, 4, 20, 40, 40, 15]))
+
+
+@network('torch_geometric/rgcn')
+def _():
+    from torch_geometric.nn import RGCNConv
+    def forward(self, x, edges, kind): return self.b(F.relu(self.a(x, edges, kind)), edges, kind)
+    x, edges = graph()
+    return Mod(forward, a=RGCNConv(12, 16, 3), b=RGCNConv(16, 5, 3, num_bases=2)), (x, edges, torch.arange(720) % 3)
+
+
+@network('torch_geometric/transformer')
+def _():
+    from torch_geometric.nn import TransformerConv
+    def forward(self, x, edges): return self.b(F.relu(self.a(x, edges)), edges)
+    return Mod(forward, a=TransformerConv(12, 8, heads=2), b=TransformerConv(16, 5)), graph()
+
+
+# --- weights that no layer applies, made by hand
+
+class Weights(nn.Module):
+    "A module with parameters of these shapes, and a forward that is a function of it and its inputs."
+    def __init__(self, forward: Callable, **shapes: tuple):
+        super().__init__()
+        self.f = forward
+        for n, shape in shapes.items():
+            setattr(self, n, nn.Parameter(torch.randn(shape)*0.02))
+    def forward(self, *args): return self.f(self, *args)
+
+
+@network('hand/einsum_attention')
+def _():
+    def forward(self, x):
+        q, k, v = (torch.einsum('bnd,dhc->bhnc', x, w) for w in (self.q, self.k, self.v))
+        a = torch.einsum('bhnc,bhmc->bhnm', q, k).mul(8**-0.5).softmax(-1)
+        return torch.einsum('bhnc,hcd->bnd', a @ v, self.o)
+    into = (32, 4, 8)
+    return Weights(forward, q=into, k=into, v=into, o=(4, 8, 32)), torch.randn(16, 20, 32)
+
+
+@network('hand/low_rank_pairs')
+def _():
+    def forward(self, x):
+        x = F.relu(x @ self.a @ self.b)
+        return F.linear(x, self.c @ self.d)  # a product of weights is no activation: these two are outside
+    return Weights(forward, a=(32, 4), b=(4, 48), c=(16, 4), d=(4, 48)), torch.randn(128, 32)
+
+
+@network('hand/hypernetwork')  # the weight of the output is computed from another input
+def _():
+    def forward(self, x, z):
+        w = torch.tanh(z @ self.made).view(-1, 8, 16)
+        return torch.bmm(w, x[..., None])[..., 0]
+    return Weights(forward, made=(6, 128)), (torch.randn(64, 16), torch.randn(64, 6))
+
+
+@network('hand/computed_weight')  # not linear in the parameter
+def _():
+    def forward(self, x): return self.out(F.relu(F.linear(x, self.w.w.sin()*2)))
+    return Mod(forward, w=Weights(lambda self: None, w=(24, 16)), out=nn.Linear(24, 4)), torch.randn(128, 16)
+
+
+@network('hand/slices_of_a_parameter')
+def _():
+    def forward(self, x):
+        q, k = F.linear(x, self.qk[:24]),F.linear(x, self.qk[24:])
+        return F.relu(q*k) @ self.out[:, :12]
+    return Weights(forward, qk=(48, 16), out=(24, 12)), torch.randn(128, 16)
+
+
+@network('hand/tied_pair', **{'w (2)': 'tied'})  # an autoencoder that goes back through the same weight
+def _(): return Weights(lambda self, x: F.relu(x @ self.w) @ self.w.T, w=(32, 16)), torch.randn(128, 32)
+
+
+@network('hand/one_weight_twice')
+def _():
+    def forward(self, x): return F.linear(F.relu(F.linear(x, self.w)), self.w)
+    return Weights(forward, w=(32, 32)), torch.randn(128, 32)
+
+
+@network('hand/equalized')  # the weight is multiplied by a number before use, as in StyleGAN
+def _():
+    def forward(self, x): return F.linear(F.leaky_relu(F.linear(x, self.a*0.25, self.x)), self.b*self.gain, self.y)
+    model = Weights(forward, a=(32, 16), b=(8, 32), x=(32,), y=(8,))
+    model.gain = 32**-0.5
+    return model, torch.randn(128, 16)
+
+
+@network('hand/experts', **{'up[3]': 'not called', 'down[3]': 'not called'})  # no sample is sent to the last
+def _():
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for i in range(3):
+            mine = torch.arange(len(x)) % 3 == i
+            out[mine] = F.gelu(x[mine] @ self.up[i]) @ self.down[i]
+        return out
+    return Weights(forward, up=(4, 16, 32), down=(4, 32, 16)), torch.randn(128, 16)
+
+
+@network('hand/own_recurrent_cell')
+def _():
+    def forward(self, x):
+        h = x.new_zeros(len(x), 32)
+        for t in range(x.shape[1]):
+            h = torch.tanh(x[:, t] @ self.i + h @ self.h)
+        return h @ self.o
+    return Weights(forward, i=(8, 32), h=(32, 32), o=(32, 4)), torch.randn(64, 12, 8)
+
+
+@network('hand/recurrent')
+def _():
+    def forward(self, x): return self.out(self.gru(self.lstm(x)[0])[0])
+    return Mod(forward, lstm=nn.LSTM(8, 16), gru=nn.GRU(16, 16), out=nn.Linear(16, 4)), torch.randn(12, 64, 8)
+
+
+@network('hand/attention_of_other_inputs')
+def _():
+    def forward(self, x, y): return self.out(self.attn(x, y, y)[0])
+    attn = nn.MultiheadAttention(32, 4, kdim=12, vdim=12, add_bias_kv=True, batch_first=True)
+    return Mod(forward, attn=attn, out=nn.Linear(32, 4)), (torch.randn(16, 10, 32), torch.randn(16, 14, 12))

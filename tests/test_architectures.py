@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import pytest
 from judging import judge
 from networks import NETWORKS
 
 from fastai_lsuv import lsuv_init
+from fastai_lsuv.coverage import OUTSIDE
 
 MOST_PASSES = 5
 SHARE_REACHED = 0.985
@@ -32,6 +34,7 @@ def test_what_the_report_says(name):
     off = {n: f for n, f in far.items() if f[1] in ('ok', 'no bias', 'not called')}
     assert not off, 'said to be done, and is not'
     assert {n for n, s in status.items() if s == 'not called'} == status.keys() - stds.keys()
+    check_coverage(model, report)
     for r in report:
         if r.name in stds and r.status in ('ok', 'no bias'):
             assert r.std == pytest.approx(stds[r.name], abs=0.1)  # some drop at random
@@ -39,8 +42,20 @@ def test_what_the_report_says(name):
     assert sum('LSUV did not normalize' in str(w.message) for w in said) == bool(network.statuses)
 
 
+def check_coverage(model, report):
+    "Each parameter of two or more dimensions is in a row or outside, and coverage is the share of those in rows."
+    sizes = {n: p.numel() for n, p in getattr(model, '_orig_mod', model).named_parameters() if p.dim() > 1}
+    in_rows = {n for r in report for n in r.weights if n in sizes}
+    assert in_rows | report.outside.keys() == sizes.keys() and not in_rows & report.outside.keys()
+    assert set(report.outside.values()) <= OUTSIDE.keys()
+    assert report.coverage == pytest.approx(sum(sizes[n] for n in in_rows)/sum(sizes.values()))
+    assert (report.coverage < 0.99) == ('% of the weights' in str(report).splitlines()[0])
+
+
 def test_the_table_holds_enough():
-    assert len(NETWORKS) >= 40 and {n.split('/')[0] for n in NETWORKS} == {'torchvision', 'timm', 'fastai', 'hand'}
+    of = Counter(n.split('/')[0] for n in NETWORKS)
+    assert of.keys() == {'torchvision', 'timm', 'fastai', 'hand', 'transformers', 'torch_geometric'}
+    assert len(NETWORKS) >= 115 and of['transformers'] >= 20 and of['torch_geometric'] >= 8
 
 
 def test_share_of_all_layers_that_are_reached():

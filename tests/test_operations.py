@@ -82,7 +82,8 @@ def test_an_operation_on_a_parameter_is_a_layer(form, order):
     was = {n: p.detach().clone() for n, p in model.named_parameters()}
     batches = [x() for _ in range(6)]
     report = quiet(lsuv_init, model, batches, order=order)
-    assert [(r.name, r.kind) for r in report] == [(name, 'Net')] and report[0].status in ('ok', 'no bias'), report
+    assert [(r.name, r.kind) for r in report if r.status != 'not called'] == [(name, 'Net')]
+    assert report[0].status in ('ok', 'no bias'), report
     with torch.no_grad():
         out = model(x(1000)).float()
     assert out.std().item() == pytest.approx(1, abs=0.1) and report[0].shape == tuple(model(batches[0]).shape)

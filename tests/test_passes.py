@@ -99,14 +99,13 @@ def test_compiled_models_are_reached_through_the_module_they_wrap():
     assert lsuv_init(nn.DataParallel(cnn(3, 8, 8)), x)[0].name == '0'
 
 
-def test_a_layer_whose_weight_its_parent_applies_itself_is_as_it_was():
-    """It is `not called`.
-
-    Were its weight changed, or changed back at the end, what follows would not be what was measured."""
+def test_a_layer_whose_weight_its_parent_applies_itself():
+    "It keeps its row and its name, though it is not called. The operation that takes its weight is measured."
     net = Mod(lambda self, x: self.b(F.linear(x, self.a.weight)), a=nn.Linear(16, 16), b=nn.Linear(16, 16))
-    weight = net.a.weight.detach().clone()
-    x = samples()
-    assert statuses(init(net, x)) == {'a': 'not called', 'b': 'ok'} and torch.equal(net.a.weight, weight)
+    x,bias = samples(),net.a.bias.detach().clone()
+    rows = init(net, x)
+    assert statuses(rows) == {'a': 'ok', 'b': 'ok'} and rows['a'].kind == 'Linear' and torch.equal(net.a.bias, bias)
+    assert F.linear(x, net.a.weight).std().item() == pytest.approx(1, abs=1e-3)
     assert net(x).std().item() == pytest.approx(1, abs=1e-3)
 
 

@@ -194,11 +194,11 @@ def test_html_has_a_bar_for_each_std(std, width, beyond):
 def test_df():
     r = report('ok', 'frozen')
     assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'passes', 'status', 'gain',
-                                    'mean_range', 'std_range']
+                                    'mean_range', 'std_range', 'weights']
     assert len(r.df()) == 2 and r.df()['status'].tolist() == ['ok', 'frozen']
     r = report('ok', before=(0.5, 2.))
     assert list(r.df().columns) == ['name', 'kind', 'shape', 'mean', 'std', 'mean_before', 'std_before', 'passes',
-                                    'status', 'gain', 'mean_range', 'std_range']
+                                    'status', 'gain', 'mean_range', 'std_range', 'weights']
     assert r.df()['std_before'][0] == 2
     assert list(LSUVReport([]).df().columns)[:2] == ['name', 'kind']
     assert inspect.signature(LSUVReport.df, eval_str=True).return_annotation.__name__ == 'DataFrame'
