@@ -10,8 +10,10 @@ from torch import nn
 
 from fastai_lsuv.experiments.__main__ import EXPERIMENTS, main
 from fastai_lsuv.experiments.activations import activations, cell
-from fastai_lsuv.experiments.batchnorm import batchnorm, step_cost
+from fastai_lsuv.experiments.batchnorm import ARMS, batchnorm, step_cost
 from fastai_lsuv.experiments.batchsize import batchsize, summary
+from fastai_lsuv.experiments.checkpoints import Checkpoint
+from fastai_lsuv.experiments.data import InputError
 from fastai_lsuv.experiments.depth import best, depth
 from fastai_lsuv.experiments.networks import fitnet4
 from fastai_lsuv.experiments.port import PORT, WITH, WITHOUT, port
@@ -259,3 +261,60 @@ def test_bad_options_are_named(args, says, tmp_path):
 def test_a_command(tmp_path, capsys):
     assert main(['why', '--seeds', '1', '--width', '20', '--nums', '500', '--out', str(tmp_path/'a'/'b')]) is None
     assert saved(tmp_path/'a'/'b', 'why', 'why_network')[0].seed.unique().tolist() == [1]
+
+
+# --- runs that can be stopped
+
+def without_time(df): return df.drop(columns='seconds').reset_index(drop=True)
+
+
+@pytest.mark.parametrize('arm', ['LSUV', 'batch norm'])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(arm, tmp_path, monkeypatch):
+    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.ARMS', {arm: ARMS[arm]})
+    options = dict(seeds=1, rounds=1, bs=16, drops='1,2', out='', **TINY)
+    whole = batchnorm(epochs=3, **options)
+    monkeypatch.setattr(Checkpoint, 'after_epoch', stopping(after=2))
+    with pytest.raises(KeyboardInterrupt):
+        batchnorm(epochs=3, checkpoints=str(tmp_path), **options)
+    monkeypatch.undo()
+    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.ARMS', {arm: ARMS[arm]})
+    [path] = tmp_path.glob('*.pt')
+    assert torch.load(path, weights_only=False)['epochs'] == 2
+    again = batchnorm(epochs=3, checkpoints=str(tmp_path), **options)
+    assert again.epoch.tolist() == [1, 2, 3] and again.seconds.is_monotonic_increasing
+    pd.testing.assert_frame_equal(without_time(again), without_time(whole))
+    third = batchnorm(epochs=3, checkpoints=str(tmp_path), **options)  # nothing is left to do
+    pd.testing.assert_frame_equal(third, again)
+    with pytest.raises(InputError, match=r'was made with lr 0.01; this run has 0.02'):
+        batchnorm(epochs=4, lr=.02, checkpoints=str(tmp_path), **options)
+
+
+def stopping(after):
+    "A checkpoint that saves and then is interrupted."
+    save,count = Checkpoint.after_epoch,[]
+    def after_epoch(self):
+        save(self)
+        count.append(1)
+        if len(count) == after: raise KeyboardInterrupt
+    return after_epoch
+
+
+def test_the_learning_rate_drops(monkeypatch):
+    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.ARMS', {'neither': (False, False)})
+    seen = []
+    def after_train(self): seen.append(self.opt.hypers[0]['lr'])
+    monkeypatch.setattr('fastai_lsuv.experiments.study._Epochs.after_train', after_train)
+    batchnorm(epochs=4, seeds=1, rounds=1, bs=32, lr=.5, drops='1,3', out='', **TINY)
+    assert seen == pytest.approx([.5, .05, .05, .005])
+
+
+def test_the_papers_scale(monkeypatch):
+    got = {}
+    class Stop(Exception): pass
+    def runs(images, bs, n, epochs, drops, checkpoints):
+        got.update(bs=bs, epochs=epochs, drops=drops, pixels=images.train[0].shape[-1])
+        raise Stop
+    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.Runs', runs)
+    with pytest.raises(Stop): batchnorm(scale='paper', n=32)
+    assert got == dict(bs=128, epochs=230, drops=[100, 150, 200], pixels=32)
+    with pytest.raises(InputError, match="--scale: got 'big'; it takes any of small, paper"): batchnorm(scale='big')

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from .networks import ACTIVATIONS
 from .options import FitNetOptions
 from .starts import STARTS
-from .study import Runs, curves, percent, pm, positive, save, say, seeded, table, word
+from .study import Runs, curves, numbers, percent, pm, positive, save, say, seeded, table, word
 
 ARMS = {'LSUV': (True, False), 'batch norm': (False, True), 'neither': (False, False)}  # With LSUV? With batch norm?
+# What `--scale paper` sets
+PAPER = dict(size=32, width=1., bs=128, epochs=230, drops='100,150,200')
 SHOWN = {1, 2, 5, 10, 20, 50, 100}  # Epochs in the printed table, beside the last
 WITH,WITHOUT = 'with batch norm', 'without batch norm'
 
@@ -28,18 +30,25 @@ def batchnorm(
     rounds: int = 30,  # Steps of each arm to time, in turns
     epochs: int = 10,  # Epochs to train each arm
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
+    scale: str = 'small',  # 'small' leaves the options as they are; 'paper' sets its size, width, bs, epochs and drops
+    drops: str = '',  # Epochs after which the learning rate falls to a tenth, separated by commas
+    checkpoints: str = '',  # Folder of checkpoints, one an arm and seed: a second start goes on from them; '': none
     **kwargs
 ) -> pd.DataFrame:  # A row an arm, a seed and an epoch
     """FitNet-4 with LSUV, with batch norm, and with neither: accuracy by epoch and wall time, and the cost of a step.
 
-    The arms without LSUV begin from a standard start. The paper's scale: --data cifar --size 32 --width 1 --bs 128
-    --epochs 230."""
+    The arms without LSUV begin from a standard start. The paper's run, which can be stopped and started again:
+    --scale paper --data cifar --checkpoints FOLDER."""
+    if word('scale', scale, ('small', 'paper')) == 'paper':
+        kwargs |= {k: v for k, v in PAPER.items() if k in ('size', 'width', 'bs')}
+        epochs,drops = PAPER['epochs'],PAPER['drops']
     options = FitNetOptions(**kwargs)
     positive(epochs=epochs, seeds=seeds, rounds=rounds)
+    falls = numbers('drops', drops, int) if drops else []
     act = word('act', act, ACTIVATIONS)
     init = word('init', init, [s for s in STARTS if s != 'LSUV'])
     images = options.images()
-    runs = Runs(images, options.bs, len(ARMS)*seeds, epochs)
+    runs = Runs(images, options.bs, len(ARMS)*seeds, epochs, falls, checkpoints)
     for seed in range(1, seeds + 1):
         for arm, (lsuv, norm) in ARMS.items():
             seeded(seed)

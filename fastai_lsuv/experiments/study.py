@@ -4,7 +4,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -12,6 +12,7 @@ from fastai.basics import SGD, Callback, CrossEntropyLossFlat, Learner, Recorder
 from fastcore.script import anno_parser
 from torch import nn
 
+from .checkpoints import Checkpoint
 from .data import Images, InputError
 
 __all__ = ['OUT', 'run_command', 'positive', 'words', 'word', 'numbers', 'seeded', 'Runs', 'pm', 'pair', 'percent',
@@ -86,17 +87,31 @@ class _Epochs(Callback):
     "Adds a row an epoch and moves the progress bar."
     order = Recorder.order + 1
 
-    def __init__(self, runs: Runs, arm: dict):
-        self.runs,self.arm,self.seconds = runs,arm,0.
+    def __init__(self,
+        runs: Runs,
+        arm: dict[str, Any],
+        lr: float,
+        checkpoint: Checkpoint | None  # Of the run
+    ):
+        self.runs,self.arm,self.lr = runs,arm,lr
+        self.done,self.rows = (checkpoint.done, checkpoint.rows) if checkpoint else (0, [])
+        self.seconds = self.rows[-1]['seconds'] if self.rows else 0.
+        self.runs.rows += self.rows
         self.began = time.perf_counter()
+
+    def before_epoch(self):
+        dropped = sum(self.done + self.epoch >= d for d in self.runs.drops)
+        if dropped: self.opt.set_hypers(lr=self.lr*.1**dropped)
 
     def after_train(self):
         self.seconds += time.perf_counter() - self.began
 
     def after_epoch(self):
         train_loss,valid_loss,acc = self.recorder.values[-1]
-        self.runs.rows.append(self.arm | dict(
-            epoch=self.epoch + 1, accuracy=acc, train_loss=train_loss, valid_loss=valid_loss, seconds=self.seconds))
+        row = self.arm | dict(epoch=self.done + self.epoch + 1, accuracy=acc, train_loss=train_loss,
+                              valid_loss=valid_loss, seconds=self.seconds)
+        self.rows.append(row)
+        self.runs.rows.append(row)
         self.runs.bar.update(len(self.runs.rows))
         self.began = time.perf_counter()  # validation does not count
 
@@ -109,10 +124,12 @@ class Runs:
         images: Images,
         bs: int,  # Batch size
         runs: int,  # Number of runs to come
-        epochs: int  # Of each
+        epochs: int,  # Of each
+        drops: Sequence[int] = (),  # Epochs after which the learning rate falls to a tenth
+        checkpoints: str = ''  # Folder of the runs' checkpoints, from which runs go on; '' keeps none
     ):
         self.rows: list[dict] = []
-        self.images,self.bs,self.epochs = images,bs,epochs
+        self.images,self.bs,self.epochs,self.drops,self.checkpoints = images,bs,epochs,drops,checkpoints
         self.bar = progress_bar(range(runs*epochs), leave=False)
         self.bar.update(0)
 
@@ -130,9 +147,17 @@ class Runs:
         dls = self.images.dls(self.bs)  # fastai's DataLoaders draw their seed when they are made
         opt_func = partial(SGD, mom=mom, decouple_wd=False)
         learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, metrics=accuracy, wd=wd, cbs=cbs)
-        learn.add_cb(_Epochs(self, {**arm, 'seed': seed}))
+        arm,checkpoint = {**arm, 'seed': seed},None
+        if self.checkpoints:
+            same = dict(lr=lr, mom=mom, wd=wd, bs=self.bs, drops=list(self.drops), images=self.images.name)
+            checkpoint = Checkpoint(Path(self.checkpoints), arm, same)
+        epochs = _Epochs(self, arm, lr, checkpoint)
+        learn.add_cb(epochs)
+        if checkpoint:
+            learn.add_cb(checkpoint)
+            checkpoint.resume()
         with learn.no_logging(), learn.no_bar():
-            learn.fit(self.epochs, lr)
+            if epochs.done < self.epochs: learn.fit(self.epochs - epochs.done, lr)
         return learn
 
     def df(self) -> pd.DataFrame:
