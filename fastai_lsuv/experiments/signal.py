@@ -13,7 +13,7 @@ from .. import layer_stats, lsuv_init
 from .networks import deep_relu, fitnet4
 from .options import ImageOptions
 from .starts import fill
-from .study import Runs, numbers, percent, positive, save, say, seeded, table
+from .study import Runs, numbers, percent, positive, save, say, seeded, table, words
 
 STARTS = {  # Options of `lsuv_init`, and the std of the last layer; of the orthonormal start none
     'orthonormal': None,
@@ -27,6 +27,7 @@ STARTS = {  # Options of `lsuv_init`, and the std of the last layer; of the orth
 @call_parse
 @delegates(ImageOptions)
 def signal(
+    networks: str = 'maxout,ReLU',  # 'maxout', FitNet-4 with it; 'ReLU', plain linear layers with it; or both
     depth: int = 50,  # Linear layers of the plain ReLU network
     width: float = 0.25,  # Filters of FitNet-4 with maxout, as a share of the original's
     lrs: str = '0.01,0.001,0.0001',  # Learning rates of SGD
@@ -44,16 +45,16 @@ def signal(
     positive(depth=depth, width=width, epochs=epochs, seeds=seeds)
     rates,images = numbers('lrs', lrs), options.images()
     pixels = images.train[0][0].numel()
-    networks = {
+    build = {
         'maxout': lambda: fitnet4('maxout', n_in=images.channels, n_out=images.classes, width=width),
-        f'ReLU, {depth} layers': lambda: deep_relu(depth, pixels, images.classes),
+        'ReLU': lambda: deep_relu(depth, pixels, images.classes),
     }
     x,y = (t[:256] for t in images.train)
-    jobs = list(product(range(1, seeds + 1), networks, STARTS, rates))
+    jobs = list(product(range(1, seeds + 1), words('networks', networks, build), STARTS, rates))
     runs,rows = Runs(images, bs, len(jobs), epochs),[]
     for seed, network, start, lr in jobs:
         seeded(seed)
-        model = begun(networks[network](), STARTS[start], x)
+        model = begun(build[network](), STARTS[start], x)
         arm = dict(network=network, start=start)
         if lr == rates[0]: rows += [{**arm, 'seed': seed, **row} for row in by_layer(model, x, y)]
         runs.fit(arm | dict(lr=lr), seed, model, lr, [], mom=options.mom)
