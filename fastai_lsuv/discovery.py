@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .operations import COPIES, GROUPED, OPERATIONS, Call, Layout
+from .ranks import several_ranks
 from .units import Unit
 from .views import Copy, Held, Sources, View, ViewRef
 from .weights import Parts
@@ -35,6 +36,9 @@ class OperationUnit(Unit):
         super().__init__(name, view.held.module, Parts(view.held.module, [] if frozen else [weight], bias, frozen,
                                                        layout.channel_dim, affine))
         self.weight,self.given_bias = weight,None
+        self.apart = several_ranks() and view.index() is not None
+        of_bias = bias.view.recipe if bias is not None else None
+        self.recipe = (*view.recipe, layout, of_bias, affine)  # what other ranks can make it of
 
     @property
     def added(self) -> Tensor | None: return self.given_bias
@@ -65,7 +69,7 @@ class Discovery:
     `handlers` are to see the functions that the model calls. They show each unit to `passes`."""
     def __init__(self,
         held: Iterable[Held],  # The parameters that may be found
-        selects: Callable[[str, nn.Module], bool],  # Whether a unit is wanted, by its name and the module that holds it
+        selects: Callable[[str, Held], bool],  # Whether a unit is wanted, by its name and its parameter
         prepare: Callable[[Unit], object]  # Gives a unit its target, and says whether it is left alone
     ):
         self.sources,self.selects,self.prepare = Sources(held),selects,prepare
@@ -96,6 +100,19 @@ class Discovery:
         self.sources.add(held)
         return bool(held)
 
+    def made(self, recipe: tuple) -> OperationUnit | None:
+        "The unit of this recipe, which may come from another rank; `None` if it is not wanted."
+        held = {h.name: h for h in self.sources.by_id.values()}
+        name,offset,size,stride,layout,of_bias,affine = recipe
+        view = View(held[name], offset, size, stride)
+        key = self._key(view, layout)
+        if key not in self.units:
+            bias = View(held[of_bias[0]], *of_bias[1:]) if of_bias is not None else None
+            u = self._new(view.name, view, layout, bias, affine)
+            if u is None: return None
+            self.units[key] = u
+        return self.units[key]
+
     def missed(self) -> Iterator[OperationUnit]:
         "Units for the slices of a parameter that no operation took, where it took others: experts without a token."
         by_param: dict[int, dict[int, OperationUnit]] = {}
@@ -108,6 +125,7 @@ class Discovery:
             for i in range(len(u.weight.value)):
                 if i in found: continue
                 other = View(view.held, first + i*step, view.size, view.stride)
+                if not self.selects(other.name, view.held): continue
                 unit = OperationUnit(other.name, other, u.weight.layout, None, True)
                 self.prepare(unit)
                 yield unit
@@ -200,7 +218,7 @@ class Discovery:
              rows: slice | None = None, name: str = '') -> list[Use]:
         "One use of a view as a weight, if it is one that is wanted."
         view = view.once()
-        key = view.key((*layout.out, *layout.batch)) if layout.split == 1 else view.key()
+        key = self._key(view, layout)
         added = self.sources.find(bias)
         copies = [v.copy for v in (view, added) if v is not None and v.copy is not None]
         u = self.units.get(key)
@@ -210,10 +228,14 @@ class Discovery:
             self.units[key] = u
         return [Use(u, layout, bias.detach().flatten() if bias is not None else None, copies, rows)]
 
+    def _key(self, view: View, layout: Layout) -> Any:
+        "Identifies a view and the direction in which it is used."
+        return view.key((*layout.out, *layout.batch)) if layout.split == 1 else view.key()
+
     def _new(self, name: str, view: View, layout: Layout, bias: View | None, affine: bool) -> OperationUnit | None:
         adopted = view.held.unit
         if adopted is not None and view.whole: name = adopted.name
-        if adopted is None and not self.selects(name, view.held.module):
+        if adopted is None and not self.selects(name, view.held):
             self.declined.add(id(view.held.param))
             return None
         others = [u.weight.view for u in self.units.values() if u.weight.value is view.held.param]

@@ -12,9 +12,11 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from .apart import correct as correct_apart
+from .apart import gather
 from .blame import explained
 from .conditions import Functions, NormWatch, measuring
-from .discovery import Discovery
+from .discovery import Discovery, OperationUnit
 from .evidence import samples_alike
 from .moments import first_tensor
 from .solvers import BetweenPasses, biases, choose_solver, cloned, measure
@@ -59,8 +61,9 @@ class Passes:
         if fresh: self.alike = samples_alike(batch)
         with self.hooked(), measuring(self.model, self.norms, *self._seen_by), _eager():
             call(self.model, cloned(batch))
+        apart = gather(self)
         self._forget_stale()
-        if correct: self._correct_between()
+        if correct: self._correct_between(apart)
         for u in self.units: u.end()
         return self._adopt() or any(u.changed for u in self.units)
 
@@ -73,11 +76,12 @@ class Passes:
             if changed: u.history = []
             changed |= u.changed
 
-    def _correct_between(self) -> None:
-        "Correct the units that are called several times. Nothing that was seen counts any more."
+    def _correct_between(self, apart: list[OperationUnit]) -> None:
+        "Correct the units that are called several times or set apart. Nothing that was seen counts any more."
         repeated = [u for u in self.units if u.seen and u.last and u.seen.repeated and u.claim(self.owners)]
         for u in repeated: self.between.setdefault(u, BetweenPasses(u))
-        if not any([self.between[u].after_pass() for u in repeated]): return
+        changed = [self.between[u].after_pass() for u in repeated] + [correct_apart(self, apart)]
+        if not any(changed): return
         for u in self.units: u.history,u.comparable = [],False
 
     def look(self, run: Callable[[], Any]) -> None:
@@ -142,7 +146,14 @@ class Passes:
         """Start a unit when it is first called.
 
         A parent may use a weight without calling the unit. Such a unit keeps its weight."""
-        if self.start is None or self.solvers[u].running or not self.correct or u.started: return False
+        if self.start is None or self.solvers[u].running or not self.correct or u.started or u.apart: return False
+        return self._start(u)
+
+    def begin_apart(self, u: Unit) -> bool:  # Whether it was given a start
+        "Start a unit that is set apart, after a pass."
+        return self.start is not None and not u.started and self._start(u)
+
+    def _start(self, u: Unit) -> bool:
         u.started = True
         if not u.claim(self.owners): return False
         self.start(u)
@@ -179,13 +190,13 @@ class Passes:
         if u.seen is None:
             if u.biases_differ is None and may_change and u.affine: u.biases_differ = biases(u).ndim > 0
             u.seen = Observation(u.target.per_channel or bool(may_change and u.biases_differ))
-            self.order.setdefault(u)
+            if not u.apart: self.order.setdefault(u)
             self.ran += 1
         u.seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(self.ran, len(self.units))
         told = self.norms.spread,self.norms.normed,self.alike
         u.seen.moments.append(measure(u, x, u.seen.by_channel, *told))
-        if not (may_change and u.due()): return False
+        if u.apart or not (may_change and u.due()): return False
         u.reason = u.doubts(u.seen.moments[-1], x)
         return not u.reason
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .moments import Evidence, Moments, pool
 
-__all__ = ['several_ranks', 'pool_ranks', 'any_rank', 'mean_of_ranks', 'in_step', 'from_rank_0']
+__all__ = ['several_ranks', 'pool_ranks', 'any_rank', 'mean_of_ranks', 'of_all_ranks', 'in_step', 'from_rank_0']
 
 T = TypeVar('T')
 
@@ -61,6 +61,14 @@ def mean_of_ranks(number: float) -> float:
     total = torch.tensor(number, dtype=torch.float64, device=_device())
     dist.all_reduce(total)
     return total.item()/dist.get_world_size()
+
+
+def of_all_ranks(mine: T) -> list[T]:
+    "What each rank has. It is pickled on the way."
+    if not several_ranks(): return [mine]
+    parts: list[T] = [mine]*dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
 
 
 def in_step(f: Callable[[], T]) -> T:

@@ -68,15 +68,21 @@ def wanted(
     model: nn.Module,
     modules: Any,  # As in `select_modules`
     units: Iterable[Unit]  # The modules that are measured
-) -> Callable[[str, nn.Module], bool]:
-    "Which units that operations show are selected: by their name, or by a module that holds them and is no unit."
-    if modules is None: return lambda name, module: True
+) -> Callable[[str, Held], bool]:
+    """Which units that operations show are selected: by their name, by that of their parameter, or by a module that
+    holds them and is no unit."""
+    if modules is None: return lambda name, of: True
     entries = list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
     names,tests = [e for e in entries if isinstance(e, str)],[_matcher(e) for e in entries]
     measured = {id(u.module) for u in units if not isinstance(u.module, nn.MultiheadAttention)}
     holders = [m for n, m in model.named_modules() if id(m) not in measured and any(t(n, m) for t in tests)]
     held = {id(c) for m in holders for c in m.modules()}
-    return lambda name, module: id(module) in held or any(name == n or fnmatchcase(name, n) for n in names)
+
+    def selects(name, of):
+        return id(of.module) in held or any(n in (name, of.name) or fnmatchcase(name, n) or fnmatchcase(of.name, n)
+                                            for n in names)
+
+    return selects
 
 
 def _matcher(entry: Any) -> Callable[[str, nn.Module], bool] | None:

@@ -38,7 +38,8 @@ def measure(
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
         m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
     evidence = Evidence(m.evidence.samples, m.evidence.top, *told)
-    return pool_ranks(Moments(m.count, m.mean, m.var, evidence))
+    m = Moments(m.count, m.mean, m.var, evidence)
+    return m if u.apart else pool_ranks(m)
 
 
 def biases(u: Unit) -> np.ndarray:

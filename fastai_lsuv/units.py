@@ -107,6 +107,7 @@ class Unit:
 
     `weights.parts_of` says which these are."""
     is_module = True  # Whether a call of the module puts out what is measured
+    apart = False  # Whether some ranks of `torch.distributed` may run it and others not
 
     def __init__(self,
         name: str,  # As in `named_modules()`

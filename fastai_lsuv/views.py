@@ -57,6 +57,9 @@ class View:
     def tensor(self) -> Tensor: return self.held.param.data.as_strided(self.size, self.stride, self.offset)
 
     @property
+    def recipe(self) -> tuple: return self.held.name, self.offset, self.size, self.stride
+
+    @property
     def count(self) -> int: return math.prod(self.size)
 
     @property

@@ -128,9 +128,8 @@ _timm('vit_tiny_patch16_224', img_size=64, depth=4)
 # The eps of its last norm layer swallows the class token, which training makes large: see `Doubt.FAINT`.
 _timm('deit3_small_patch16_224', img_size=64, depth=3, embed_dim=96, num_heads=3, statuses={'head': 'faint'})
 _timm('cait_xxs24_224', img_size=64, depth=4)
-# It applies the weight of its `qkv` itself.
-_timm('beit_base_patch16_224', img_size=64, depth=3, embed_dim=96, num_heads=4,
-      statuses={f'blocks.{i}.attn.qkv': 'not called' for i in range(3)})
+# It applies the weight of its `qkv` itself, with a bias that it puts together.
+_timm('beit_base_patch16_224', img_size=64, depth=3, embed_dim=96, num_heads=4)
 _timm('swinv2_cr_tiny_224', img_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4)
 _timm('levit_128s', n=2, size=224)
 _timm('coat_lite_tiny', img_size=64)

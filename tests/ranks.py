@@ -95,6 +95,30 @@ def bad_batch(rank):
     except (ValueError, RuntimeError) as e: return str(e), same(w, weights(m))
 
 
+class Experts(nn.Module):
+    "The first rank sends its samples to experts 0 and 1, the second to 2 and 1, and none to 3."
+    def __init__(self, rank):
+        super().__init__()
+        self.ids,self.stem,self.head = [0, 1] if rank == 0 else [2, 1],nn.Linear(108, 16),nn.Linear(16, 4)
+        self.up,self.down = nn.Parameter(torch.randn(4, 16, 32)),nn.Parameter(torch.randn(4, 32, 16))
+        self.bias = nn.Parameter(torch.randn(4, 32))
+    def forward(self, x):
+        x = self.stem(x.flatten(1))
+        parts = x.chunk(2)
+        ups = [torch.addmm(self.bias[i], p, self.up[i]) for i, p in zip(self.ids, parts)]
+        return self.head(torch.cat([torch.relu(u) @ self.down[i] for i, u in zip(self.ids, ups)]))
+
+
+@case
+def experts(rank):
+    set_seed(rank)
+    m = Experts(rank)
+    unused = m.up[3].detach().clone() if rank == 0 else None
+    report = lsuv_init(m, batch()[:, :, :6, :6].chunk(2)[rank])
+    kept = unused is None or torch.equal(m.up[3], unused)
+    return weights(m), {r.name: r.status for r in report}, report.n_passes, kept
+
+
 class Seen(Callback):
     "Notes the mini-batches that are drawn: the index in the data set rides in the first pixel."
     order,indices = 200,[]

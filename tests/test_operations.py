@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Mod
 from torch import nn
 
-from fastai_lsuv import lsuv_init
+from fastai_lsuv import layer_stats, lsuv_init
 
 
 def param(*shape): return nn.Parameter(torch.randn(*shape)*0.02)
@@ -123,3 +124,145 @@ def test_per_channel(form):
     dim = {'@ from the left': 0, 'conv2d in groups': 1, 'conv_transpose1d in groups': 1}.get(form, -1)
     std = out.transpose(0, dim).flatten(1).std(1)
     assert report[0].status in ('ok', 'no bias') and (std - 1).abs().max() < 0.1
+
+
+def experts(n=3):
+    def forward(m, x): return sum((x[i::n] @ m.up[i] + m.bias[i]).relu().mean() for i in range(n - 1))
+    return Net(forward, up=param(n, 16, 24), bias=param(n, 24))
+
+
+@pytest.mark.parametrize('modules, names', [
+    (None, ['up[0]', 'up[1]', 'lin', 'up[2]']),
+    ('up', ['up[0]', 'up[1]', 'up[2]']),
+    ('up*', ['up[0]', 'up[1]', 'up[2]']),
+    ('up[1]', ['up[1]']),
+    ([nn.Linear, 'up[0]'], ['up[0]', 'lin']),
+    (nn.Linear, ['lin']),
+    (Net, ['up[0]', 'up[1]', 'up[2]']),
+    (lambda m: isinstance(m, Net), ['up[0]', 'up[1]', 'up[2]']),
+])
+def test_modules_selects_them_by_name_and_by_what_holds_them(modules, names):
+    torch.manual_seed(0)
+    outer = Mod(lambda self, x: self.a(x) + self.lin(x).mean(), a=experts(), lin=nn.Linear(16, 8))
+    names = [n if n == 'lin' else f'a.{n}' for n in names]
+    if isinstance(modules, str): modules = f'a.{modules}'
+    if isinstance(modules, list): modules = [modules[0], f'a.{modules[1]}']
+    report = quiet(lsuv_init, outer, x(), modules=modules)
+    assert sorted(r.name for r in report) == sorted(names)
+    spoken_for = {n for r in report for n in r.weights} | report.outside.keys()
+    assert spoken_for >= {'a.up', 'a.bias', 'lin.weight'}
+    if 'lin' not in names:
+        assert report.outside['lin.weight'] == 'not selected'
+
+
+def test_a_name_that_is_no_module_and_no_parameter():
+    with pytest.raises(ValueError, match="no module of Sequential matches 'down'"):
+        lsuv_init(nn.Sequential(experts()), x(), modules='down')
+    with pytest.raises(ValueError, match='no module'):  # that of a layer is no unit of its own
+        lsuv_init(nn.Sequential(experts(), nn.Linear(1, 1)), x(), modules='1.weight')
+
+
+def test_a_model_that_applies_no_weight():
+    emb = nn.Sequential(nn.Embedding(9, 4))
+    was = emb[0].weight.detach().clone()
+    with pytest.raises(ValueError, match='no conv, linear or attention layer, and applies no parameter'):
+        lsuv_init(emb, torch.randint(0, 9, (8,)))
+    assert torch.equal(emb[0].weight, was)
+
+
+def test_a_function_as_the_start_gets_linear_layers():
+    started = []
+    def start(layer):
+        started.append((type(layer), tuple(layer.weight.shape), layer.in_features, layer.out_features))
+        nn.init.constant_(layer.weight, 0.5)
+        layer.weight.data[0] = -0.5
+    model = Net(lambda m, x: torch.bmm((x @ m.a).view(-1, 4, 6).transpose(0, 1), m.w), a=param(16, 24),
+                w=param(4, 6, 3))
+    report = quiet(lsuv_init, model, x(), preinit=start)
+    assert started == [(nn.Linear, (24, 16), 16, 24), *[(nn.Linear, (3, 6), 6, 3)]*4]
+    assert report.ok and torch.equal(model.a[:, 0], -model.a[:, 1]) and torch.equal(model.w[2, :, 0], -model.w[2, :, 1])
+
+
+def test_without_a_start_the_weight_is_scaled():
+    model = Net(lambda m, x: x @ m.w, w=param(16, 24))
+    was = model.w.detach().clone()
+    row = quiet(lsuv_init, model, x(), preinit=None)[0]
+    assert torch.allclose(model.w, was*row.gain, rtol=1e-4) and row.status in ('ok', 'no bias')
+
+
+def test_a_frozen_parameter_is_left_as_it_is():
+    model = Net(lambda m, x: x @ m.w @ m.v, w=param(16, 24), v=param(24, 8))
+    model.w.requires_grad_(False)
+    was = model.w.detach().clone()
+    report = quiet(lsuv_init, model, x())
+    assert {r.name: r.status for r in report} == {'w': 'frozen', 'v': 'ok'} and torch.equal(model.w, was)
+
+
+def test_an_error_puts_it_back():
+    def forward(m, x):
+        out = x @ m.w
+        if m.fails: raise RuntimeError('late')
+        return out
+    model = Net(forward, w=param(16, 24))
+    model.fails,was = True,model.w.detach().clone()
+    with pytest.raises(RuntimeError, match='late'):
+        lsuv_init(model, x())
+    assert torch.equal(model.w, was)
+
+
+def test_a_far_worse_loss_puts_it_back():
+    model = Net(lambda m, x: x @ m.w, w=param(16, 24))
+    was,data = model.w.detach().clone(),x()
+    report = quiet(lsuv_init, model, data, loss=lambda m: m(data).square().mean() + 1e-6)
+    assert report.undone and torch.equal(model.w, was) and report[0].status == 'undone'
+    assert report[0].std == pytest.approx((data @ was).std().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    torch.manual_seed(0)
+    model = Net(lambda m, x: F.linear(x, m.w, m.b).relu() @ m.v, w=param(24, 16), b=param(24), v=param(24, 8))
+    with torch.autocast('cpu', dtype):
+        report = quiet(lsuv_init, model, x())
+        assert report.ok and {r.name for r in report} == {'w', 'v'}
+        assert model(x(1000)).float().std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_compiled_checkpointed_and_wrapped():
+    torch.manual_seed(0)
+    def forward(m, x): return torch.utils.checkpoint.checkpoint(m.inner, x, use_reentrant=False) @ m.v
+    model = Net(forward, v=param(24, 8))
+    model.inner = torch.compile(Net(lambda m, x: (x @ m.w).relu(), w=param(16, 24)), backend='eager')
+    report = quiet(lsuv_init, nn.DataParallel(model), x())
+    assert report.ok and [r.name for r in report] == ['inner._orig_mod.w', 'v']
+    assert model(x(1000)).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_a_layer_that_gets_its_input_twice_is_pooled():
+    torch.manual_seed(0)
+    model = Net(lambda m, x: torch.cat([F.linear(x, m.w), 3*x @ m.w.T]), w=param(24, 16))
+    report = quiet(lsuv_init, model, [x() for _ in range(8)])
+    assert len(report) == 1 and model(x(1000)).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_layer_stats_measures_operations():
+    model = Net(lambda m, x: x @ m.w, w=param(16, 24))
+    data,was = x(),model.w.detach().clone()
+    report = layer_stats(model, data)
+    assert [(r.name, r.weights) for r in report] == [('w', ('w',))] and torch.equal(model.w, was)
+    assert report[0].std == pytest.approx((data @ was).std().item(), rel=1e-4)
+
+
+def test_where_the_words_of_outside_come_from():
+    def forward(m, x, ids):
+        x = m.rnn(x + m.emb(ids) + m.pos_embed + m.token)[0]
+        return m.lin(x*m.gate.sigmoid())
+    model = Net(forward, pos_embed=param(10, 16), token=param(1, 1, 16), gate=param(10, 16), unused=param(3, 3))
+    model.emb,model.rnn,model.lin = nn.Embedding(7, 16),nn.GRU(16, 16, batch_first=True),nn.Linear(16, 4)
+    report = quiet(lsuv_init, model, (torch.randn(8, 10, 16), torch.randint(0, 7, (8, 10))))
+    assert report.outside == {'emb.weight': 'embedding', 'rnn.weight_ih_l0': 'recurrent', 'gate': 'not linear',
+                              'rnn.weight_hh_l0': 'recurrent', 'pos_embed': 'embedding', 'token': 'vector',
+                              'unused': 'not called'}
+    assert report.coverage == pytest.approx(64/sum(p.numel() for p in model.parameters() if p.dim() > 1))
+    assert str(report).splitlines()[0].endswith('of the weights (outside: embedding, vector, not linear, not called, '
+                                                'recurrent).')

@@ -135,3 +135,13 @@ def test_fastais_distrib_ctx(run):
     assert [' at std 1' in line for line in lines_a] == [True, False] and 'initialized before' in lines_a[1]
     assert lines_b == []
     assert drawn_a[0] != drawn_b[0]
+
+
+@slow
+def test_experts_that_not_every_rank_runs(run):
+    "They are corrected after a pass, by what all ranks saw of them. No rank waits for another that does not run one."
+    (a,statuses,n_passes,kept),(b,statuses_too,_,_) = run('experts')
+    assert same(a, b) and statuses == statuses_too and kept and n_passes <= 5
+    assert {n for n, s in statuses.items() if s == 'not called'} == {'up[3]', 'down[3]'}
+    assert {n for n, s in statuses.items() if s == 'ok'} >= {'stem', 'head', 'up[0]', 'up[1]', 'up[2]'}
+    assert all(s in ('ok', 'no bias', 'not called') for s in statuses.values())
