@@ -124,6 +124,7 @@ class Model:
     title: str
     make: Callable[[Setting], nn.Module]
     batch: Callable[[Setting], torch.Tensor] = Setting.images
+    peers: bool = True  # Whether the peers are run on it, which make about two passes a layer
 
 
 MODELS = {
@@ -133,7 +134,7 @@ MODELS = {
     'resnet50': Model('ResNet-50', lambda s: timm_model('resnet50')),
     'vit_ti': Model('ViT-Ti/16', lambda s: timm_model('vit_tiny_patch16_224', img_size=s.size)),
     'vgg16': Model('VGG-16', lambda s: vgg16()),
-    'lm125m': Model('language model, 125 M', lambda s: LanguageModel(), text),
+    'lm125m': Model('language model, 125 M', lambda s: LanguageModel(), text, peers=False),
 }
 
 
@@ -369,6 +370,13 @@ def picture(benches, names, path):
     plt.close(fig)
 
 
+def contestants_on(key, names):
+    "Those among the contestants that are run on a model."
+    of_peers = [n for n in names if CONTESTANTS[n].peer]
+    left_out = of_peers if not MODELS[key].peers else ['lsuv_keep'] if key != LIKE_FOR_LIKE else []
+    return [n for n in names if n not in left_out]
+
+
 @call_parse
 def main(
     models: str = ','.join(MODELS),  # Models to measure
@@ -396,14 +404,14 @@ def main(
     for key in (k.strip() for k in models.split(',')):
         bench = Bench(MODELS[key], setting, dev, clock)
         bench.warm_up()
-        bench.measure_all([n for n in names if n != 'lsuv_keep' or key == LIKE_FOR_LIKE], rounds, peer_rounds)
+        bench.measure_all(contestants_on(key, names), rounds, peer_rounds)
         bench.measure_memory()
         benches.append(bench)
         ratios = ', '.join(f'{CONTESTANTS[n].title} {bench.ratio(n):.2f}' for n in bench.ratios)
         print(f'{bench.title}: {ratios}', flush=True)
         bench.model = bench.scratch = None  # makes room for the next model
     names = [n for n in names if any(n in b.ratios or n in b.failed for b in benches)]
-    conditions = (f'Mini-batch of {batch} at {size}x{size} (language model: 4 texts of 128 tokens), '
+    conditions = (f'Mini-batch of {batch} at {size}x{size} (language model: 4 texts of 128 tokens, no peers), '
                   f'plain CNNs of {width} channels, {where(dev)}; {rounds} rounds, {peer_rounds} for the peers'
                   f'{"; processor time" if cpu_time else ""}. Times vary with the machine and its load. '
                   'The ratios are what counts.')

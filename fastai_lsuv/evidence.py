@@ -5,7 +5,6 @@ ruins the network. Where one sample is far from the others, it alone sets the st
 input, what follows sees next to nothing, until training makes it large. `doubt` tells these from the data."""
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any, Callable
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .moments import Evidence, Moments, whole_moments
+from .status import Status
 
-__all__ = ['Doubt', 'doubt', 'varies', 'mean_tolerance', 'samples_alike', 'unusual', 'ALIKE_SPREAD', 'ALIKE_SHARE']
+__all__ = ['doubt', 'varies', 'mean_tolerance', 'samples_alike', 'unusual', 'ALIKE_SPREAD', 'ALIKE_SHARE']
 
 # What is left of a float32 activation that does not vary, relative to its magnitude.
 _NOISE = 1e-6
@@ -42,30 +42,23 @@ _LEAST_STD,_MOST_STD = 0.03,30.
 _ERRORS = 3.
 
 
-class Doubt(str, Enum):
-    "Why a statistic is no ground to correct from."
-    ALIKE = 'alike'  # The samples are alike
-    OUTLIER = 'outlier'  # One sample carries the std
-    FAINT = 'faint'  # Next to nothing arrives, behind a norm layer
-
-
 def doubt(
     m: Moments,  # Of the unit's output
     needed: float,  # Factor that brings the std to its target
     size: Callable[[], float] = lambda: 1.,  # Size of the weight, which is 1 of an orthonormal one
     x: Tensor | None = None  # The output itself, if it is at hand
-) -> str:  # A value of `Doubt`, or ""
+) -> str:  # One of `DOUBTS`, or ""
     "Whether moments are no ground to correct a unit from, and why."
     e = m.evidence
     if e.samples >= _FEW_SAMPLES:
         carried = _CARRIED*max(1., _ENOUGH_SAMPLES/e.samples)
-        if (1 - e.top)*carried**2 < 1 - 1/e.samples: return Doubt.OUTLIER.value
+        if (1 - e.top)*carried**2 < 1 - 1/e.samples: return Status.OUTLIER
     if needed <= _MOST_GAIN: return ''
     few = m.features < _FEW_FEATURES
-    if e.spread < ALIKE_SPREAD or e.alike and (few or needed > _MOST_GAIN_ALIKE): return Doubt.ALIKE.value
-    if not e.alike and x is not None and _all_the_same(x): return Doubt.ALIKE.value
+    if e.spread < ALIKE_SPREAD or e.alike and (few or needed > _MOST_GAIN_ALIKE): return Status.ALIKE
+    if not e.alike and x is not None and _all_the_same(x): return Status.ALIKE
     faint = e.normed and needed > _MOST_GAIN_NORMED and needed*size() > _MOST_GAIN_NORMED
-    return Doubt.FAINT.value if faint else ''
+    return Status.FAINT if faint else ''
 
 
 def varies(m: Moments, beside: Moments | None = None) -> bool:
@@ -101,7 +94,7 @@ def unusual(
     if x is not None:
         m = whole_moments(x)
         std = float(m.stats()[1])
-        if doubt(m, 1.) == Doubt.OUTLIER.value: says.append("one sample alone sets its std")
+        if doubt(m, 1.) == Status.OUTLIER: says.append("one sample alone sets its std")
         if not _LEAST_STD <= std <= _MOST_STD: says.append(f"its std is {std:.2g}")
     return ' and '.join(says)
 

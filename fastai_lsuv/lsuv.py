@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .coverage import Coverage, weights_of
 from .discovery import Discovery
-from .evidence import Doubt, unusual
+from .evidence import unusual
 from .feed import Feed
 from .generators import Generators
 from .gradients import gradients_of
@@ -30,7 +30,8 @@ from .ranks import from_rank_0, in_step, several_ranks
 from .report import LSUVReport, Row
 from .selection import find_units, loose_parameters, measurable, wanted
 from .state import Copies, preserved
-from .units import Status, Target, Unit
+from .status import DOUBTS, Status
+from .units import Target, Unit
 from .views import Held
 from .weights import made_of
 
@@ -166,10 +167,10 @@ def _run(passes: Passes, feed: Feed, max_iter: int) -> int:
     tries,fresh = 0,True
     for n in range(1, max_iter + 1):
         changed = passes(feed.batch, fresh=fresh)
-        doubts = {u.reason for u in passes.units} & {d.value for d in Doubt}
+        doubts = {u.reason for u in passes.units} & DOUBTS
         again = tries < _MOST_TRIES and bool(doubts)
         tries += again
-        got_more = again and (feed.gather() if Doubt.ALIKE.value in doubts else feed.next())
+        got_more = again and (feed.gather() if Status.ALIKE in doubts else feed.next())
         if not (changed or got_more): return n
         fresh = got_more or feed.next()
     passes(feed.batch, correct=False, fresh=fresh)
@@ -185,7 +186,8 @@ def _preserved(model: nn.Module, units: list[Unit]):
     written: set[int] = set()
     held = [r for u in units for r in u.refs if r.has_setter]
     computed = [u.layer for u in units if not u.left_alone]
-    return preserved(model, [p for u in units for p in u.parameters], held, computed, changed)
+    owned = [p for u in units if not u.left_alone for p in u.parameters]
+    return preserved(model, owned, held, computed, changed)
 
 
 def _but(loose: list[Held], units: list[Unit]) -> list[Held]:

@@ -6,41 +6,24 @@ their output, `solvers` corrects them."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .evidence import Doubt, doubt, mean_tolerance, varies
+from .evidence import doubt, mean_tolerance, varies
 from .loops import Loops
 from .moments import Moments, pool
+from .status import DOUBTS, Status
 from .weights import Parts, WeightRef, parts_of
 
-__all__ = ['Status', 'Target', 'Observation', 'Unit']
+__all__ = ['Target', 'Observation', 'Unit']
 
 # Passes that are pooled where fresh mini-batches disagree.
 _RECENT = 4
 # With `per_channel`, one channel may be this many `batch_tol`s off while their mean is within one.
 _ONE_CHANNEL = 5
-
-
-class Status(str, Enum):
-    "What became of a unit. `rows.STATUSES` says it in a sentence."
-    OK = 'ok'
-    NO_BIAS = 'no bias'
-    OFF = 'off'
-    FROZEN = 'frozen'
-    TIED = 'tied'
-    CONSTANT = 'constant'
-    UNRESPONSIVE = 'unresponsive'
-    ALIKE = 'alike'
-    OUTLIER = 'outlier'
-    FAINT = 'faint'
-    NOT_CALLED = 'not called'
-    NON_FINITE = 'non-finite'
-    UNDONE = 'undone'
 
 
 @dataclass(frozen=True)
@@ -131,7 +114,7 @@ class Unit:
         self.gain = 1.  # Factor of the weight since its start
         self.started = self.changed = self.written = False
         self.stale = False  # Other units have changed since it last ran
-        self.reason = ''  # "unresponsive", "tied", "non-finite", or a `Doubt`
+        self.reason = ''  # "unresponsive", "tied", "non-finite", or one of `DOUBTS`
         self.immovable = False  # The bias does not move the mean
         self.biases_differ: bool | None = None  # Whether the biases of its channels do; `None` until it is looked at
 
@@ -166,7 +149,7 @@ class Unit:
             if self.comparable and not self.doubts(m): self.history.append(m)
             if not fresh: self.history = []  # the same samples tell nothing more
         self.seen,self.changed,self.comparable = None,False,True
-        if self.reason in tuple(Doubt): self.reason = ''  # a fresh mini-batch may be better
+        if self.reason in DOUBTS: self.reason = ''  # a fresh mini-batch may be better
 
     def forget(self) -> None:
         "Forget what passes have seen."
@@ -246,7 +229,7 @@ class Unit:
         why = self.left_alone or (self.reason if self.reason == 'tied' else '') or doubt(m, 1.)
         if why: return Status(why)
         if self.stale: return Status.OFF
-        if not self.met(m): return Status(self.reason) if self.reason in ('unresponsive', *Doubt) else Status.OFF
+        if not self.met(m): return Status(self.reason) if self.reason in ('unresponsive', *DOUBTS) else Status.OFF
         mean,_ = m.stats(self.target.per_channel)
         off = (abs(mean - self.target.mean) > self.target.batch_tol*self.target.std).any()
         return Status.NO_BIAS if self.target.shifts and off and not self.can_shift else Status.OK

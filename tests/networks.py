@@ -125,7 +125,7 @@ for _name in ['resnet26', 'efficientnet_lite0', 'tf_efficientnet_b0', 'regnetz_b
               'xception41', 'poolformer_s12', 'convnextv2_atto']:
     _timm(_name)
 _timm('vit_tiny_patch16_224', img_size=64, depth=4)
-# The eps of its last norm layer swallows the class token, which training makes large: see `Doubt.FAINT`.
+# The eps of its last norm layer swallows the class token, which training makes large: see `Status.FAINT`.
 _timm('deit3_small_patch16_224', img_size=64, depth=3, embed_dim=96, num_heads=3, statuses={'head': 'faint'})
 _timm('cait_xxs24_224', img_size=64, depth=4)
 # It applies the weight of its `qkv` itself, with a bias that it puts together.

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastai_lsuv.evidence import ALIKE_SPREAD, Doubt, doubt, mean_tolerance, samples_alike, unusual, varies
+from fastai_lsuv.evidence import ALIKE_SPREAD, doubt, mean_tolerance, samples_alike, unusual, varies
 from fastai_lsuv.moments import Evidence, Moments, channel_moments, whole_moments
+from fastai_lsuv.rows import STATUSES
+from fastai_lsuv.status import DOUBTS, Status
 
 
 def resting_on(samples, top=0., spread=1., features=100, **told):
@@ -71,8 +73,9 @@ def test_an_outlier_among_samples_that_are_alike_is_an_outlier():
     assert doubt(resting_on(64, 0.99, 0.), 10.) == 'outlier'
 
 
-def test_a_doubt_is_a_plain_string():
-    assert [d.value for d in Doubt] == ['alike', 'outlier', 'faint'] and type(doubt(resting_on(64, 1.), 1.)) is str
+def test_a_doubt_is_a_status_and_each_status_has_a_sentence():
+    assert {d.value for d in DOUBTS} == {'alike', 'outlier', 'faint'} and doubt(resting_on(64, 1.), 1.) in DOUBTS
+    assert [s.value for s in Status] == list(STATUSES)
 
 
 # --- samples that are alike without one, and next to nothing behind one
