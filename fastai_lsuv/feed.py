@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .passes import arguments, call
 from .ranks import any_rank, in_step
@@ -103,6 +103,9 @@ class Feed:
         if not isinstance(b, (Tensor, tuple, Mapping)):
             raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes {_INPUTS} (see "
                             "`get_input`)")
+        sized = [t for t in tree_leaves(b) if isinstance(t, Tensor) and t.dim()]
+        if sized and not any(t.numel() for t in sized):
+            raise ValueError(f"batches: mini-batch {self.count} holds no samples; it takes at least one")
         device = next((p.device for p in self.model.parameters()), None)
 
         def ready(o):

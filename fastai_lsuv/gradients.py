@@ -10,7 +10,6 @@ from typing import Any, Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .loss import LOSS_TAKES
 from .moments import Moments, pool, whole_moments
 from .passes import Passes
 from .units import Unit
@@ -51,7 +50,7 @@ def _arrived(seen: list[Moments], grad: Tensor) -> None:
 def _mean(loss: Any) -> Tensor:
     "The loss as one number. Raises `TypeError` if it is no tensor."
     if isinstance(loss, Tensor): return loss.float().mean() if loss.dtype.itemsize < 4 else loss.mean()
-    raise TypeError(f"loss: it gives a {type(loss).__name__}; {LOSS_TAKES}, a tensor")
+    raise TypeError(f"loss: it gives a {type(loss).__name__}; `layer_stats` takes a loss that gives a tensor")
 
 
 def _std(calls: list[Moments]) -> float | None:

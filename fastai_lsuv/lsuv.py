@@ -67,23 +67,25 @@ def lsuv_init(
     By default this replaces the weights: each layer starts from an orthonormal weight and a zero bias, which LSUV then
     scales and shifts. With `preinit=None` it scales and shifts the weights that the model has.
 
-    Mishkin & Matas, *All you need is a good init* (ICLR 2016), Algorithm 1, with the loop orders that fastai's forum
-    found. A hook on each layer normalizes its output the moment it exists, while everything upstream already is, so one
+    This is Algorithm 1 of Mishkin & Matas, *All you need is a good init* (ICLR 2016), with the loop orders of fastai's
+    forum. A hook on each layer normalizes its output the moment it exists, when all layers before it are right. So one
     forward pass does the whole network. Pass k uses mini-batch k. The run ends when a fresh mini-batch finds every unit
     within `batch_tol`, or after `max_iter` passes that correct weights and one more that measures. A single mini-batch
     is used again: one pass corrects, one verifies.
 
-    The model is measured as it trains, batch statistics and all, without dropout. Nothing but weights and biases is
-    changed: modes, buffers and hidden state are as before; frozen weights are left alone, zero-initialized ones stay
-    zero. A unit is not corrected from a mini-batch whose samples are alike behind a norm layer, nor from one sample
-    that carries the std. One warning names the layers that were not normalized, and those whose weights were scaled by
-    a lot; the report gives the reason for each. Under `torch.distributed` the statistics are pooled over all ranks.
+    The model is measured as it trains: norm layers use the statistics of the batch, and dropout is off. Nothing but
+    weights and biases is changed; modes, buffers and hidden state are put back. Frozen weights are left alone, and
+    zero-initialized ones stay zero. A layer is not corrected from samples that are alike, nor from one sample that
+    sets the std, nor where a norm layer lets next to nothing through. Its status is then "alike", "outlier" or "faint".
+    One warning names the layers that were not normalized, and those whose weights were scaled by a lot. The report
+    gives the reason for each. Under `torch.distributed` the statistics are pooled over all ranks.
 
-    With `loss`, the training loss is taken before and after, dropout on. If it was finite and comes out non-finite, or
-    five times that of before and of predicting zeros, the weights are put back, and the warning says so.
+    With `loss`, the training loss is taken before and after, with dropout on. If it was finite and comes out
+    non-finite, or five times that of before and of predicting zeros, the weights are put back, and the warning says so.
 
-    Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything at all is raised
-    later, weights and all else are put back. With several ranks, call it on every one of them."""
+    Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything is raised later,
+    weights and all else are put back. An error of the model is raised as it is, with a note that names the layer.
+    With several ranks, call it on every one of them."""
     if loss is not None and not callable(loss):
         raise TypeError(f"loss: got {loss!r}; {LOSS_TAKES}")
     report = initialize(model, batches, Options.of(locals()), n_inp=n_inp, get_input=get_input, loss=loss, force=force)
@@ -120,8 +122,9 @@ def initialize(
                 passes.rewind,discovery.own = kept.rewind,kept.own
                 if options.baseline or loss is not None: before = _look(passes, feed, check)
                 n = _run(passes, feed, options.max_iter)
-                if not units: raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer, "
-                                               "and applies no parameter in a linear operation that `modules` selects")
+                if not units:
+                    raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer, and "
+                                     "applies no weight in a linear operation; name what to normalize with `modules`")
                 if loss is not None: kept.rewind()
                 check.take_after()
                 undone = check.failure
@@ -130,15 +133,16 @@ def initialize(
             # What could not be put back is a note, or the context on a Python without notes.
             failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]
             if failed:
-                raise RuntimeError(f"LSUV put the weights back, because {undone}. But it {' '.join(failed)}") from None
+                raise RuntimeError(f"LSUV put the weights back, because {undone}. {' '.join(failed)}") from None
         else:
             for u in units: u.finish()
             undone = ''
         rows,held = _rows(passes, options.modules is not None, before, bool(undone))
         n_passes = n + bool(before) + (check.pair is not None)
-        note = check.failure if force else check.note
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note or check.note, unusual(feed.batch),
-                          held.outside, held.share)
+        note = "far worse, and kept with `force=True`" if force and check.failure else ''
+        note = '; '.join(filter(None, [note, check.note]))
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note, unusual(feed.batch), held.outside,
+                          held.share)
 
 
 def _units(model: nn.Module, options: Options, keep: Callable[[Unit], bool] | None) -> tuple[list[Unit], Discovery]:

@@ -42,8 +42,8 @@ _OPAQUE = {'asyncio', 'concurrent', 'contextlib', 'contextvars', 'ctypes', 'enum
 class RestoreError(RuntimeError):
     "Names what had changed and could not be put back; `failed` holds where each was, and what was raised."
     def __init__(self, failed: list[tuple[str, BaseException]]):
-        what = '; '.join(f'{where!r}, {_text(str, e)} ({type(e).__name__})' for where, e in failed)
-        super().__init__(f'could not put back: {what}. All else is as it was.')
+        what = '; '.join(f'{where!r}: {_text(str, e)} ({type(e).__name__})' for where, e in failed)
+        super().__init__(f'LSUV could not put back {what}. All else is as it was.')
         self.failed = failed
 
 

@@ -28,16 +28,16 @@ _OF_STATS = {
 }
 # What to do about them
 ADVICE = {
-    'no bias': "Nothing needs to be done where a norm layer follows.",
+    'no bias': "This is normal where a norm layer follows.",
     'off': "Pass larger mini-batches, or raise `max_iter`.",
     'frozen': "To initialize it, unfreeze it, or call `learn.lsuv_init()` if it was loaded.",
-    'tied': "Nothing needs to be done, as of a decoder that shares the weight of an embedding.",
-    'constant': "Nothing needs to be done if the zeros are intended, as in the last layer of a residual branch.",
+    'tied': "This is normal for a decoder that shares the weight of an embedding.",
+    'constant': "This is normal if the zeros are intended, as in the last layer of a residual branch.",
     'unresponsive': "Leave it out with `modules`.",
     'alike': "Pass a mini-batch whose samples differ.",
     'outlier': "Look at that sample, or pass a larger mini-batch.",
     'faint': "Look at the layers before it, or leave it out with `modules`.",
-    'not called': "Nothing needs to be done if the model is to do without it.",
+    'not called': "This is normal if the model does not use it in training.",
     'non-finite': "Look at the first layer with this status, and at what it is given.",
     'undone': "Leave layers out with `modules`, or give them another `target_std`.",
 }

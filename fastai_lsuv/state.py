@@ -179,7 +179,7 @@ class Preserved:
         unchanged = [i for i in self.params.owned if not changed(i.of)]
         self.rewind([*unchanged, *self.params.grads])
         if written := [g.where for g in self.params.large if not g.same()]:
-            warnings.warn(f"the model wrote to these parameters, and LSUV cannot put them back: {', '.join(written)}")
+            warnings.warn(f"The model wrote to parameters that LSUV cannot put back: {', '.join(written)}")
 
     def roll_back(self, error: BaseException) -> None:
         "Put back everything, weights first. What cannot be put back is noted on `error`."

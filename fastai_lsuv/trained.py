@@ -130,7 +130,7 @@ def came_trained(learn: Learner, known: KnownWeights) -> str:
     # Where some are or were frozen, or the Learner knows of a pretrained body, the rest may well be a new head.
     if vars(learn).get('pretrained') or any(not p.requires_grad or known.was_frozen(p) for p in params): return ''
     learned = _learned_norm(learn.model)
-    return f"it is trained: its norm layer {learned!r} has learned" if learned else ''
+    return f"its norm layer {learned!r} has been trained" if learned else ''
 
 
 def pretrained_body(learn: Learner) -> set[int]:

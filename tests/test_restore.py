@@ -155,7 +155,7 @@ def test_an_array_that_became_read_only_is_named():
     m.array += 1
     m.array.flags.writeable = False
     m.log.append(1)
-    message = r"could not put back: 'head.array', .*read-only \(ValueError\)"
+    message = r"could not put back 'head.array': .*read-only \(ValueError\)"
     with pytest.raises(RestoreError, match=message) as e: s.restore()
     assert m.log == [] and [w for w, _ in e.value.failed] == ['head.array']
 
@@ -498,7 +498,7 @@ def test_an_exception_on_its_way_stays_the_one_raised(monkeypatch):
     first = ValueError('of the forward')
     put_back(items, beside=first)
     said = ''.join(getattr(first, '__notes__', [])) + str(first.__context__)
-    assert "could not put back: 'down_blocks.0.n', no (OSError)" in said
+    assert "could not put back 'down_blocks.0.n': no (OSError)" in said
 
 
 def test_without_notes_the_error_is_the_context(monkeypatch):

@@ -397,7 +397,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back(fails):
     with pytest.raises(ZeroDivisionError if fails else RestoreError) as e:
         lsuv_init(model, torch.randn(32, 4) + 3)
     said = beside(e.value) if fails else str(e.value)
-    assert "could not put back: 'seen', " in said and '(ValueError). All else is as it was.' in said
+    assert "could not put back 'seen': " in said and '(ValueError). All else is as it was.' in said
     now = fingerprint(model)
     assert now['']['seen'] != was['']['seen']
     del was['']['seen'], now['']['seen']
@@ -443,14 +443,14 @@ def test_a_small_parameter_that_the_forward_writes(data):
 
 def test_a_large_parameter_that_the_forward_writes_is_named():
     model = Bank(2**14 + 1)
-    with pytest.warns(UserWarning, match=r'LSUV cannot put them back: bank$'):
+    with pytest.warns(UserWarning, match=r'parameters that LSUV cannot put back: bank$'):
         assert lsuv_init(model, torch.randn(32, 4)).ok
     assert model.bank[:8].any()
     model.fails, was = True, model.lin.weight.clone()
     with pytest.raises(ZeroDivisionError) as e:
         lsuv_init(model, torch.randn(32, 4))
     assert torch.equal(model.lin.weight, was)
-    assert "could not put back: 'bank', the forward pass writes to it" in beside(e.value)
+    assert "could not put back 'bank': the forward pass writes to it" in beside(e.value)
 
 
 def test_large_parameters_that_are_only_read_are_not_named():

@@ -181,7 +181,7 @@ def learned(m):
 
 
 def test_a_pretrained_model_in_a_plain_learner():
-    left(learner(model=cnn().apply(learned), cbs=LSUVCallback()), "it is trained: its norm layer '1' has learned")
+    left(learner(model=cnn().apply(learned), cbs=LSUVCallback()), "its norm layer '1' has been trained")
     initialized(learner(model=cnn().apply(learned), cbs=LSUVCallback(force=True)))
 
 
@@ -197,7 +197,7 @@ def test_a_pretrained_model_whose_norms_have_no_bias():
     def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(432, 32), nn.RMSNorm(32), nn.ReLU(), nn.Linear(32, 4))
     model = mlp()
     nn.init.normal_(model[2].weight, 1., 0.1)
-    left(learner(model=model, cbs=LSUVCallback()), "it is trained: its norm layer '2' has learned")
+    left(learner(model=model, cbs=LSUVCallback()), "its norm layer '2' has been trained")
     initialized(learner(model=mlp(), cbs=LSUVCallback()))
 
 
