@@ -94,6 +94,11 @@ class LossCheck:
         if self.error or self.pair is None: return self.error
         return f"predicting zeros gives {self.constant:.2g}" if 0 < 2*self.constant < self.after else ''
 
+    def told(self, force: bool) -> str:
+        "`note`, and that a far worse result was kept, as `force` asks."
+        kept = "far worse, and kept with `force=True`" if force and self.failure else ''
+        return '; '.join(filter(None, [kept, self.note]))
+
     @property
     def failure(self) -> str:
         "What the loss says against the model as it is now, in words; \"\" if it does not."

@@ -139,10 +139,8 @@ def initialize(
             undone = ''
         rows,held = _rows(passes, options.modules is not None, before, bool(undone))
         n_passes = n + bool(before) + (check.pair is not None)
-        note = "far worse, and kept with `force=True`" if force and check.failure else ''
-        note = '; '.join(filter(None, [note, check.note]))
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, note, unusual(feed.batch), held.outside,
-                          held.share)
+        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.told(force), unusual(feed.batch),
+                          held.outside, held.share)
 
 
 def _units(model: nn.Module, options: Options, keep: Callable[[Unit], bool] | None) -> tuple[list[Unit], Discovery]:

@@ -37,12 +37,13 @@ _STYLE = '''<style>
 def report_html(
     summary: str,
     remarks: list[str],  # What else a user should look at
+    others: list[str],  # What else there is to say
     table: Table,
     whole: Table | None = None  # The same without folds, if it was folded
 ) -> str:
     "The summary, the table and what its statuses mean."
     notes = ''.join([*(f'<p>{_status(s)} {_words(note)}</p>' for s, note in table.notes),
-                     *(f'<p>! {_words(r)}</p>' for r in remarks)])
+                     *(f'<p>! {_words(r)}</p>' for r in remarks), *(f'<p>{_words(o)}</p>' for o in others)])
     n = len(table.rows)
     more = f'<details><summary>All {n} layers</summary>{_table(whole)}</details>' if whole is not None else ''
     return f'{_STYLE}<div class="lsuv"><p>{escape(summary)}</p>{_table(table)}{notes}{more}</div>'

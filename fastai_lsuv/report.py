@@ -112,18 +112,22 @@ class LSUVReport:
         absent = [] if has_baseline(self.rows) else ['mean_before', 'std_before']
         return df.drop(columns=absent if has_gradients(self.rows) else [*absent, 'grad_std', 'weight_grad'])
 
+    @property
+    def _left_out(self) -> list[str]: return list(filter(None, [sentences.left_out(self.outside)]))
+
     def _table(self, folds: bool = True) -> Table: return Table(self.rows, bool(self.order), folds)
 
     def __str__(self) -> str:
         table = self._table()
-        notes = [*(f'{status}: {note}' for status, note in table.notes), *self.remarks]
+        notes = [*(f'{status}: {note}' for status, note in table.notes), *self.remarks, *self._left_out]
         return '\n'.join([self.summary, '', table.text(), *([''] if notes else []), *notes])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         table = self._table()
-        return report_html(self.summary, self.remarks, table, self._table(folds=False) if table.folded else None)
+        whole = self._table(folds=False) if table.folded else None
+        return report_html(self.summary, self.remarks, self._left_out, table, whole)
 
     def plot(self,
         axs: Any = None,  # Two matplotlib axes, for std and mean; new ones by default

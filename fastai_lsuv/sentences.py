@@ -7,7 +7,7 @@ from typing import Sequence
 
 from .rows import DONE, STATUSES, Row, counted, number, some_names
 
-__all__ = ['seen', 'done', 'covered', 'left_alone', 'remarks']
+__all__ = ['seen', 'done', 'covered', 'left_out', 'left_alone', 'remarks']
 
 _NEARLY_ALL = 0.99  # A coverage below this is told
 
@@ -52,6 +52,15 @@ def covered(
     kinds = ', '.join(dict.fromkeys(outside.values()))
     rest = f' (outside: {kinds})' if kinds else ''
     return f" The rows hold {math.floor(coverage*1000)/10:g} % of the weights{rest}."
+
+
+def left_out(
+    outside: dict[str, str]  # As in `LSUVReport`
+) -> str:
+    "Which weights no row speaks for, by the word why; \"\" if there are none."
+    by_word = {why: [n for n in outside if outside[n] == why] for why in dict.fromkeys(outside.values())}
+    said = '; '.join(f'{some_names(names)} ({why})' for why, names in by_word.items())
+    return f'No row speaks for these weights: {said}.' if said else ''
 
 
 def _target(rows: Sequence[Row], order: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.basics import (Callback, CancelBatchException, CrossEntropyLossFlat, DataLoaders, Learner, SkipToEpoch,
-                           load_learner)
+                           load_learner, set_seed)
 from fastai.callback import schedule  # noqa: F401
 from learners import classifier
 from torch import nn
@@ -403,7 +403,7 @@ def everything():
     "The contents of `messages.md`."
     parts = ["# What fastai_lsuv says\n\nEach situation, and what a user reads there. `test_messages.py` compares."]
     for title, f in SITUATIONS.items():
-        torch.manual_seed(0)
+        set_seed(0)  # fastai shuffles with Python's random numbers
         lines = said_by(f)
         assert lines, f'{title}: nothing is said'
         parts.append(f'## {title}\n\n' + '\n'.join(f'> {line}' for text in lines for line in text.splitlines()))

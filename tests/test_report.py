@@ -320,6 +320,15 @@ def test_the_table_ends_with_what_else_to_look_at():
     assert all(remark.replace('`', '') in soup_of(r).get_text() for remark in r.remarks)
 
 
+def test_what_no_row_speaks_for_is_named():
+    outside = {'tok.weight': 'embedding', 'pos.weight': 'embedding', 'rnn.weight_ih_l0': 'recurrent'}
+    r = LSUVReport([row(0)], order='std', outside=outside, coverage=0.5)
+    words = ('No row speaks for these weights: tok.weight, pos.weight (embedding); rnn.weight_ih_l0 (recurrent).')
+    assert str(r).splitlines()[-1] == words and words in soup_of(r).get_text() and words not in r.warning
+    assert r.summary.endswith(' The rows hold 50 % of the weights (outside: embedding, recurrent).')
+    assert 'No row' not in str(report('ok'))
+
+
 def test_per_channel_rows_are_those_of_the_channels():
     model = nn.Sequential(nn.Linear(8, 4))
     r = lsuv_init(model, torch.randn(64, 8), per_channel=True, preinit=None)
