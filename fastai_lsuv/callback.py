@@ -1,6 +1,6 @@
-"""`LSUVCallback`: LSUV in a Learner, before the first fit and only where weights mean nothing yet.
+"""`LSUVCallback`: LSUV in a Learner, before the first fit and only where weights are new.
 
-`before_fit` asks `trained` whether the weights mean something, and else calls `run_now`, which draws mini-batches with
+`before_fit` asks `trained` whether the weights are new, and if so calls `run_now`, which draws mini-batches with
 `batches.model_inputs` inside `no_trace`, hands them to `lsuv.initialize`, and logs what came of it in one line."""
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class LSUVCallback(CallbackOnNewWeights):
         per_channel: bool = False,  # Normalize each channel by itself, not the whole output
         baseline: bool = True,  # Measure the model as it was, too, in the pass that takes its loss
         min_samples: int = 16,  # Gather smaller mini-batches until they hold as many (the paper: from 16 up, all agree)
-        every_fit: bool = False,  # Run before every fit, whatever the weights mean, and not only before the first
-        force: bool = False  # Run even if the weights mean something, and keep the result even if the loss is far worse
+        every_fit: bool = False,  # Run before every fit, and not only before the first; trained weights are replaced
+        force: bool = False  # Run even if weights were loaded or trained, and keep the result even if the loss is worse
     ):
         # `self.order` is when a callback runs, in fastai
         self.options = dict(vars(Options.of(locals())))
@@ -78,7 +78,7 @@ class LSUVCallback(CallbackOnNewWeights):
     def __repr__(self): return f"LSUVCallback(order={self.options['order']!r})"
 
     def before_fit(self):
-        "Initialize the model, unless its weights mean something."
+        "Initialize the model, unless its weights were loaded or trained."
         if not begins_a_fit(): return
         why = '' if self.every_fit else self._why_not(self.force)
         if any_rank(bool(why)):
@@ -146,7 +146,7 @@ class LSUVCallback(CallbackOnNewWeights):
 @patch
 @delegates(LSUVCallback)
 def lsuv_init(self: Learner, **kwargs) -> LSUVReport:  # A row a unit, in order of execution; also `learn.lsuv.report`
-    """Run LSUV at once, in a fit or outside, whatever the weights mean, with the options of the attached `LSUVCallback`
+    """Run LSUV at once, in a fit or outside, on trained weights too, with the options of the attached `LSUVCallback`
     less those given.
 
     Later fits keep the result. If none is attached, one is, so that `learn.lsuv.report` holds the report. Raises

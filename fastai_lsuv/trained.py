@@ -1,4 +1,4 @@
-"""Whether the weights of a Learner's model mean something: they were loaded, trained, pretrained or frozen.
+"""Whether the weights of a Learner's model are new, or were loaded, trained, pretrained or frozen.
 
 `CallbackOnNewWeights` is a callback that asks this before it acts. Its `KnownWeights` remember the weights as they were
 when it was attached, and tell which were written since. `came_trained` says why a whole model is to be left as it is.
@@ -62,7 +62,7 @@ class KnownWeights:
 
 
 class CallbackOnNewWeights(Callback):
-    "A callback that acts on a model once, and only on weights that mean nothing yet."
+    "A callback that acts on a model once, and only on weights that are new."
     def __init__(self):
         super().__init__()
         self.anyway,self.from_file,self.known = False,False,KnownWeights()
@@ -77,7 +77,7 @@ class CallbackOnNewWeights(Callback):
         if name == 'learn' and value is not None: self.known.note(parameters(value.model))
 
     def reset(self) -> None:
-        "Forget what was done: the next fit initializes the model, whatever its weights mean."
+        "Forget what was done: the next fit initializes the model, even if it has been trained."
         self.anyway = True
 
     def _done(self) -> None:
