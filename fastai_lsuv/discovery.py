@@ -82,7 +82,7 @@ class Discovery:
     @property
     def handlers(self) -> dict[Callable, Callable]:
         "By function: what is called in its place, with what runs it, its arguments and its keyword arguments."
-        if not self.sources.by_id: return {}
+        if not self.sources.matrices: return {}
         return {**{f: partial(self._operation, f) for f in OPERATIONS}, **{f: partial(self._copy, f) for f in COPIES},
                 F.multi_head_attention_forward: self._attention}
 
@@ -177,7 +177,7 @@ class Discovery:
 
     def _after(self, use: Use, out: Any, again: Callable[[], Any]) -> Any:
         u = use.unit
-        u.channel_dim,u.given_bias = use.layout.channel_dim,use.bias
+        u.channel_dim,u.given_bias,u.most_samples = use.layout.channel_dim,use.bias,self.passes.n_samples
         solver = self.passes.solvers[u]
 
         def run_again():

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from .moments import Evidence, Moments, whole_moments
 from .status import Status
 
-__all__ = ['doubt', 'varies', 'mean_tolerance', 'samples_alike', 'unusual', 'ALIKE_SPREAD', 'ALIKE_SHARE']
+__all__ = ['doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'unusual', 'ALIKE_SPREAD',
+           'ALIKE_SHARE']
 
 # What is left of a float32 activation that does not vary, relative to its magnitude.
 _NOISE = 1e-6
@@ -71,6 +72,13 @@ def varies(m: Moments, beside: Moments | None = None) -> bool:
 def mean_tolerance(evidence: Evidence, batch_tol: float) -> float:
     "How far a mean may be off on a fresh mini-batch, as a share of the std: `batch_tol` or its sampling error."
     return max(batch_tol, _ERRORS/evidence.samples**0.5)
+
+
+def n_samples(
+    batch: Any  # A tensor, or nested ones; the first tells
+) -> int:
+    "How many samples a mini-batch holds."
+    return next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()), 1)
 
 
 def samples_alike(

@@ -73,6 +73,9 @@ def lsuv_init(
     within `batch_tol`, or after `max_iter` passes that correct weights and one more that measures. A single mini-batch
     is used again: one pass corrects, one verifies.
 
+    A weight that no layer applies, such as an expert's slice of a parameter, is a layer too, where a linear operation
+    takes it. `report.outside` names the weights in no layer.
+
     The model is measured as it trains: norm layers use the statistics of the batch, and dropout is off. Nothing but
     weights and biases is changed; modes, buffers and hidden state are put back. Frozen weights are left alone, and
     zero-initialized ones stay zero. A layer is not corrected from samples that are alike, nor from one sample that

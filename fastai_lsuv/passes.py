@@ -4,6 +4,7 @@ Hooks fire in the order of execution, so a unit is corrected when everything ups
 the hooks, runs the model, and asks each unit's solver for the correction. What is known of a unit lies in the unit."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -17,7 +18,7 @@ from .apart import gather
 from .blame import explained
 from .conditions import Functions, NormWatch, measuring
 from .discovery import Discovery, OperationUnit
-from .evidence import samples_alike
+from .evidence import n_samples, samples_alike
 from .moments import first_tensor
 from .solvers import BetweenPasses, biases, choose_solver, cloned, measure
 from .units import Observation, Unit
@@ -41,7 +42,7 @@ class Passes:
         self.between: dict[Unit, BetweenPasses] = {}  # Of the units that are called several times
         self.owners: dict[Any, Unit] = {}  # Of each weight and bias, the unit that ran first
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
-        self.norms,self.alike = NormWatch(),False
+        self.norms,self.alike,self.n_samples = NormWatch(),False,sys.maxsize
         self.begun = self.adopted = False  # Whether the model has run, and whether what it did not call was looked for
         self.busy = False  # Whether some unit is being corrected: what the model calls now runs the unit again
         self.hear: Callable[[Unit, Tensor], object] | None = None  # Shown the outputs, in place of measuring them
@@ -58,7 +59,7 @@ class Passes:
         if self.begun: self.rewind()  # state that a pass leaves behind is not that which training begins with
         self.begun = True
         self.norms.reset()
-        if fresh: self.alike = samples_alike(batch)
+        if fresh: self.alike,self.n_samples = samples_alike(batch),n_samples(batch)
         with self.hooked(), measuring(self.model, self.norms, *self._seen_by), _eager():
             call(self.model, cloned(batch))
         apart = gather(self)

@@ -37,7 +37,7 @@ def measure(
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
         m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
-    evidence = Evidence(m.evidence.samples, m.evidence.top, *told)
+    evidence = Evidence(min(m.evidence.samples, u.most_samples), m.evidence.top, *told)
     m = Moments(m.count, m.mean, m.var, evidence)
     return m if u.apart else pool_ranks(m)
 

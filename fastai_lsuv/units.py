@@ -5,6 +5,7 @@ A `Unit` knows its name, its target, what passes have seen of it (`Observation`)
 their output, `solvers` corrects them."""
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Iterable
 
@@ -105,6 +106,7 @@ class Unit:
         self.left_alone = 'frozen' if parts.frozen else ''
         self.target: Target | None = None
         # What passes see
+        self.most_samples = sys.maxsize  # In the mini-batch: an operation may see their tokens side by side, as rows
         self.seen: Observation | None = None  # In this pass
         self.last: Observation | None = None  # In the last pass before this one that ran it
         self.history: list[Moments] = []  # Of recent passes, under the weights as they now are

@@ -199,12 +199,14 @@ class Sources:
         self.by_id: dict[int, Held] = {}
         self.by_storage: dict[int, list[Held]] = {}
         self.copies: dict[int, Copy] = {}
+        self.matrices = False  # Whether some have two or more dimensions
         self.add(held)
 
     def add(self, held: Iterable[Held]) -> None:
         for h in held:
             if id(h.param) in self.by_id or type(h.param) is not nn.Parameter: continue
             self.by_id[id(h.param)] = h
+            self.matrices |= h.param.dim() > 1
             self.by_storage.setdefault(h.param.untyped_storage()._cdata, []).append(h)
 
     def find(self, t: Any) -> View | None:

@@ -165,7 +165,7 @@ def test_a_name_that_is_no_module_and_no_parameter():
 def test_a_model_that_applies_no_weight():
     emb = nn.Sequential(nn.Embedding(9, 4))
     was = emb[0].weight.detach().clone()
-    with pytest.raises(ValueError, match='no conv, linear or attention layer, and applies no parameter'):
+    with pytest.raises(ValueError, match='no conv, linear or attention layer, and applies no weight'):
         lsuv_init(emb, torch.randint(0, 9, (8,)))
     assert torch.equal(emb[0].weight, was)
 
@@ -266,3 +266,12 @@ def test_where_the_words_of_outside_come_from():
     assert report.coverage == pytest.approx(64/sum(p.numel() for p in model.parameters() if p.dim() > 1))
     assert str(report).splitlines()[0].endswith('of the weights (outside: embedding, vector, not linear, not called, '
                                                 'recurrent).')
+
+
+def test_tokens_in_rows_are_no_samples():
+    "GPT-2 puts the tokens of all samples in rows. Tokens of a sample are alike, and tell less than as many samples."
+    torch.manual_seed(0)
+    model = Net(lambda m, x: (x.flatten(0, 1) @ m.w).view(len(x), -1, 24), w=param(16, 24))
+    data = torch.randn(8, 1, 16).expand(8, 500, 16) + 0.01*torch.randn(8, 500, 16)
+    low, high = quiet(lsuv_init, model, data)[0].mean_range
+    assert high - low > 2  # three standard errors of eight samples either way
