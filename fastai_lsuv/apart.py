@@ -5,11 +5,13 @@ therefore set apart where there are several ranks: `gather` pools its moments af
 and `correct` starts and corrects it then."""
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from .discovery import OperationUnit
 from .moments import pool
 from .ranks import of_all_ranks, several_ranks
+from .sharded import gathered_for
 from .solvers import BetweenPasses
 from .units import Observation
 
@@ -38,7 +40,9 @@ def gather(passes: Passes) -> list[OperationUnit]:  # Those that some rank has r
 
 def correct(passes: Passes, units: list[OperationUnit]) -> bool:  # Whether any was changed
     "Start the units that have no start yet, and correct the others."
-    for u in units:
-        if not u.claim(passes.owners) or passes.begin_apart(u): continue
-        passes.between.setdefault(u, BetweenPasses(u)).after_pass()
+    for module, those in groupby(units, key=lambda u: u.module):
+        with gathered_for(passes.model, module):
+            for u in those:
+                if not u.claim(passes.owners) or passes.begin_apart(u): continue
+                passes.between.setdefault(u, BetweenPasses(u)).after_pass()
     return any(u.changed for u in units)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .feed import join
 from .generators import Generators
+from .sharded import is_engine_hook
 from .state import Copies, Snapshot, memory
 
 __all__ = ['no_trace', 'model_inputs', 'training_loss']
@@ -95,7 +96,8 @@ def _reachable(roots: Iterable[Any]) -> list[Any]:
 def _hooked_by(model: nn.Module) -> list[Any]:
     "Those whose methods are hooks of the model: a fastai `Hook` keeps there what it saw last."
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return [o for h in hooks if (o := getattr(h, '__self__', None)) is not None and not isinstance(o, _OPAQUE)]
+    owners = [getattr(h, '__self__', None) for h in hooks if not is_engine_hook(h)]
+    return [o for o in owners if o is not None and not isinstance(o, _OPAQUE)]
 
 
 class _Autocast:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .operations import COPIES, GROUPED, OPERATIONS, Call, Layout
 from .ranks import several_ranks
+from .sharded import Shards
 from .units import Unit
 from .views import Copy, Held, Sources, View, ViewRef
 from .weights import Parts
@@ -39,6 +40,7 @@ class OperationUnit(Unit):
         self.apart = several_ranks() and view.index() is not None
         of_bias = bias.view.recipe if bias is not None else None
         self.recipe = (*view.recipe, layout, of_bias, affine)  # what other ranks can make it of
+        self.shards = Shards((v.held.module, v.held.attribute, v.held.param) for v in (view, bias and bias.view) if v)
 
     @property
     def added(self) -> Tensor | None: return self.given_bias

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .moments import Evidence, Moments, whole_moments
+from .ranks import any_rank
 from .status import Status
 
 __all__ = ['doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'unusual', 'ALIKE_SPREAD',
@@ -57,7 +58,7 @@ def doubt(
     if needed <= _MOST_GAIN: return ''
     few = m.features < _FEW_FEATURES
     if e.spread < ALIKE_SPREAD or e.alike and (few or needed > _MOST_GAIN_ALIKE): return Status.ALIKE
-    if not e.alike and x is not None and _all_the_same(x): return Status.ALIKE
+    if not e.alike and x is not None and not any_rank(x.numel() > 0 and not _all_the_same(x)): return Status.ALIKE
     faint = e.normed and needed > _MOST_GAIN_NORMED and needed*size() > _MOST_GAIN_NORMED
     return Status.FAINT if faint else ''
 

@@ -52,14 +52,18 @@ class Feed:
         self.count,self.stream = 0,iter((batches,) if self.one else batches)
 
     def __enter__(self) -> Feed:
-        try: in_step(lambda: self._take(next(self.stream)))
-        except StopIteration:
-            what = type(self.batches).__name__
-            raise ValueError(f"batches: got {what} that yields nothing; it takes at least one mini-batch") from None
+        in_step(self._begin)
         if any(is_lazy(p) for p in self.model.parameters()): self._materialize()
         return self
 
     def __exit__(self, *args) -> None: self.stream = None  # ends a DataLoader's workers
+
+    def _begin(self) -> None:
+        try: first = next(self.stream)
+        except StopIteration:
+            what = type(self.batches).__name__
+            raise ValueError(f"batches: got {what} that yields nothing; it takes at least one mini-batch") from None
+        self._take(first)
 
     def next(self) -> bool:
         "Move on to a fresh mini-batch, or stay with the last one. Returns whether there is a fresh one."

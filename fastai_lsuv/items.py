@@ -284,7 +284,8 @@ def _parts(t: Tensor) -> list[Tensor]:
     "The tensors in plain memory that hold what `t` holds, each of their elements once."
     if _is_plain(t): return [_once(t)]
     if is_traceable_wrapper_subclass(t):
-        return [p for name in t.__tensor_flatten__()[0] for p in _parts(getattr(t, name))]
+        inner = (getattr(t, name) for name in t.__tensor_flatten__()[0])
+        return [p for i in inner if isinstance(i, Tensor) for p in _parts(i)]  # a `DTensor` names its mesh, too
     t = t.detach()
     if t.is_nested: return [t.values(), t._nested_tensor_size()]
     if t.layout == torch.sparse_coo: return [t._indices(), t._values()]

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from .blame import explained
 from .generators import Generators
 from .ranks import any_rank, mean_of_ranks
+from .sharded import forwards
 from .solvers import cloned
 
 __all__ = ['LossCheck', 'LOSS_TAKES']
@@ -61,7 +62,7 @@ class LossCheck:
     def take_after(self) -> None:
         "Take the loss of the model as LSUV has made it. One that cannot be taken any more counts as NaN."
         if self.pair is None: return
-        self.after = self._take(self._run)
+        with forwards(self.model): self.after = self._take(self._run)
         self.error = ''
 
     def _run(self, *args, **kwargs) -> Any:

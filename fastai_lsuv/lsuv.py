@@ -21,15 +21,18 @@ from .evidence import unusual
 from .feed import Feed
 from .generators import Generators
 from .gradients import gradients_of
+from .items import TensorItem
 from .loss import LOSS_TAKES, LossCheck
 from .moments import Moments
 from .options import Options
 from .passes import Passes
 from .preinit import deck_for, preinitialize
-from .ranks import from_rank_0, in_step, several_ranks
+from .ranks import in_step, meet
 from .report import LSUVReport, Row
+from .restore import put_back
 from .selection import find_units, loose_parameters, measurable, wanted
-from .state import Copies, preserved
+from .sharded import from_rank_0, is_sharded, local, refuse, reshard
+from .state import preserved
 from .status import DOUBTS, Status
 from .units import Target, Unit
 from .views import Held
@@ -114,36 +117,53 @@ def initialize(
 ) -> LSUVReport:
     "`lsuv_init` without its warning."
     model = plain(model)
-    with Feed(model, batches, n_inp, get_input) as feed:
-        units,discovery = in_step(lambda: _units(model, options, keep))
-        start = None
-        if options.preinit is not None: start = partial(preinitialize, preinit=options.preinit, deck=deck_for(units))
-        passes,check = Passes(model, units, watch, start, discovery),LossCheck(model, loss)
-        before,undone = {},''
-        try:
-            with _as_on_rank_0(model), _preserved(model, units) as kept:
-                passes.rewind,discovery.own = kept.rewind,kept.own
-                if options.baseline or loss is not None: before = _look(passes, feed, check)
-                n = _run(passes, feed, options.max_iter)
-                if not units:
-                    raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer, and "
-                                     "applies no weight in a linear operation; name what to normalize with `modules`")
-                if loss is not None: kept.rewind()
-                check.take_after()
-                undone = check.failure
-                if undone and not force: raise _Undone
-        except _Undone as e:
-            # What could not be put back is a note, or the context on a Python without notes.
-            failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]
-            if failed:
-                raise RuntimeError(f"LSUV put the weights back, because {undone}. {' '.join(failed)}") from None
-        else:
-            for u in units: u.finish()
-            undone = ''
-        rows,held = _rows(passes, options.modules is not None, before, bool(undone))
-        n_passes = n + bool(before) + (check.pair is not None)
-        return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.told(force), unusual(feed.batch),
-                          held.outside, held.share)
+    reshard(model)
+    feed = Feed(model, batches, n_inp, get_input)
+
+    def initialized() -> LSUVReport:
+        with feed:
+            units,discovery = _units(model, options, keep)
+            meet(f"LSUV of {len(units)} layers" + (f", first {units[0].name!r}" if units else ''))
+            start = partial(preinitialize, preinit=options.preinit, deck=deck_for(units))
+            if options.preinit is None: start = None
+            return _run_all(Passes(model, units, watch, start, discovery), feed, LossCheck(model, loss), options, force)
+
+    return in_step(initialized)
+
+
+def _run_all(passes: Passes, feed: Feed, check: LossCheck, options: Options, force: bool) -> LSUVReport:
+    "Look, correct, and take the loss. Put all back if that fails, or if the model came out far worse."
+    model,units,before,undone = passes.model,passes.units,{},''
+
+    def run(kept) -> int:
+        nonlocal before
+        passes.rewind,passes.discovery.own = kept.rewind,kept.own
+        if options.baseline or check.loss is not None: before = _look(passes, feed, check)
+        n = _run(passes, feed, options.max_iter)
+        if not units:
+            raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer, and applies no "
+                             "weight in a linear operation; name what to normalize with `modules`")
+        if check.loss is not None: kept.rewind()
+        check.take_after()
+        return n
+
+    try:
+        with _as_on_rank_0(model), _preserved(model, units) as kept:
+            n = in_step(lambda: run(kept))
+            undone = check.failure
+            if undone and not force: raise _Undone
+    except _Undone as e:
+        # What could not be put back is a note, or the context on a Python without notes.
+        failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]
+        if failed:
+            raise RuntimeError(f"LSUV put the weights back, because {undone}. {' '.join(failed)}") from None
+    else:
+        for u in units: u.finish()
+        undone = ''
+    rows,held = _rows(passes, options.modules is not None, before, bool(undone))
+    n_passes = n + bool(before) + (check.pair is not None)
+    return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.told(force), unusual(feed.batch),
+                      held.outside, held.share)
 
 
 def _units(model: nn.Module, options: Options, keep: Callable[[Unit], bool] | None) -> tuple[list[Unit], Discovery]:
@@ -203,16 +223,11 @@ def _but(loose: list[Held], units: list[Unit]) -> list[Held]:
 
 @contextmanager
 def _as_on_rank_0(model: nn.Module) -> Iterator[None]:
-    "Begin on every rank with the weights of rank 0; put them back if anything is raised."
-    if not several_ranks():
-        yield
-        return
-    was = Copies(model.parameters())
-    try:
-        from_rank_0(p for p in model.parameters() if not is_lazy(p))
-        yield
-    except BaseException:
-        was.put_back()
+    "Begin on every rank with the weights of rank 0, or with slices of the same; put them back if anything is raised."
+    changed = in_step(lambda: from_rank_0(p for p in model.parameters() if not is_lazy(p)))
+    try: yield
+    except BaseException as e:
+        put_back([TensorItem(local(t), 'a parameter', was) for t, was in changed], beside=e)
         raise
 
 
@@ -239,36 +254,52 @@ def layer_stats(
     Raises `TypeError` or `ValueError`, naming the argument."""
     if loss is not None and not callable(loss): raise TypeError(f"loss: got {loss!r}; {LOSS_TAKES}")
     model = plain(model)
-    with Feed(model, batch, n_inp, get_input) as feed:
-        def prepare(u): u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
+    reshard(model)
 
-        loose = loose_parameters(model)
-        units = measurable(model, modules, loose)
-        for u in units: prepare(u)
-        discovery = Discovery(_but(loose, units), wanted(model, modules, units), prepare)
-        passes = Passes(model, units, discovery=discovery)
-        gradients: dict[Unit, dict[str, float | None]] = {}
-        with preserved(model) as kept, Generators().again():
-            n_passes = 1
-            if passes(feed.batch, correct=False):  # layers were not called, and are looked for in operations
-                kept.rewind()
-                passes(feed.batch, correct=False, fresh=False)
-                n_passes += 1
-            if loss is not None:
-                kept.rewind()
-                gradients = gradients_of(passes, loss)
-        rows,held = _rows(passes, modules is not None)
-        rows = [replace(r, **gradients.get(u, {})) for r, u in zip(rows, _in_order(passes))]
-        return LSUVReport(rows, n_passes=n_passes + (loss is not None), outside=held.outside, coverage=held.share)
+    if loss is not None and any(map(is_sharded, model.parameters())):
+        raise ValueError("loss: got one for a sharded model, whose engine keeps the gradients; leave it out, or "
+                         "measure the model before it is sharded")
+
+    def measured() -> LSUVReport:
+        with Feed(model, batch, n_inp, get_input) as feed:
+            def prepare(u): u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
+
+            loose = loose_parameters(model)
+            units = measurable(model, modules, loose)
+            for u in units: prepare(u)
+            discovery = Discovery(_but(loose, units), wanted(model, modules, units), prepare)
+            return _stats(Passes(model, units, discovery=discovery), feed, loss, modules is not None)
+
+    return in_step(measured)
+
+
+def _stats(passes: Passes, feed: Feed, loss: Callable | None, chosen: bool) -> LSUVReport:
+    "The report of one forward, and of the gradients of `loss` if there is one."
+    gradients: dict[Unit, dict[str, float | None]] = {}
+    with preserved(passes.model) as kept, Generators().again():
+        n_passes = 1
+        if passes(feed.batch, correct=False):  # layers were not called, and are looked for in operations
+            kept.rewind()
+            passes(feed.batch, correct=False, fresh=False)
+            n_passes += 1
+        if loss is not None:
+            kept.rewind()
+            gradients = gradients_of(passes, loss)
+    rows,held = _rows(passes, chosen)
+    rows = [replace(r, **gradients.get(u, {})) for r, u in zip(rows, _in_order(passes))]
+    return LSUVReport(rows, n_passes=n_passes + (loss is not None), outside=held.outside, coverage=held.share)
 
 
 def plain(model: nn.Module) -> nn.Module:
     "The module that `model` wraps, if it is compiled or parallel. Raises if it cannot be initialized."
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}; it takes a torch.nn.Module")
+        stage = type(model).__module__.startswith('torch.distributed.pipelining')
+        raise TypeError(f"model: got {type(model).__name__}; it takes a torch.nn.Module"
+                        + ("; initialize the whole model before it is cut into stages" if stage else ""))
     wrapped = getattr(model, '_orig_mod', None)  # torch.compile
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): wrapped = model.module
     if isinstance(wrapped, nn.Module): return plain(wrapped)
+    refuse(model)
     on_meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"model: {on_meta!r} is on the meta device and holds no numbers; give the model memory first: "

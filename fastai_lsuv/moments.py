@@ -37,6 +37,7 @@ class Evidence:
     spread: float = 1.  # Share of a norm layer's output variance that eps leaves; the smallest upstream (`NormWatch`)
     normed: bool = False  # Whether a norm layer has run before it
     alike: bool = False  # Whether the samples of the mini-batch are alike
+    batch: float = 0.  # The mini-batch, as a number that tells it from those of other ranks
 
 
 @dataclass(frozen=True)

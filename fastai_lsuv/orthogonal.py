@@ -1,7 +1,7 @@
 """Random orthonormal matrices, for about the price of as many normal numbers.
 
-`orthonormal` draws one, or a slice of its rows. A small matrix is the Q of a QR decomposition of normal numbers.
-Its distribution is Haar's, and its numbers are those of `torch.nn.init.orthogonal_`.
+`orthonormal` draws one, or a block of it: some rows, some columns. A small matrix is the Q of a QR decomposition of
+normal numbers. Its distribution is Haar's, and its numbers are those of `torch.nn.init.orthogonal_`.
 
 A large matrix consists of rows of the identity, in random order, that go through three rounds. A round is an
 orthonormal Fourier transform, then a random sign for each column. It takes `n log n` steps a row, QR takes `n**2`.
@@ -47,17 +47,17 @@ class Deck:
         self.to_come = Counter(sizes)
         self.kept: dict[tuple, Tensor] = {}
 
-    def deal(self, q: Tensor, rows: int, start: int, stop: int) -> bool:
-        "Fill `q` with rows of a matrix of so many rows, if one of its size is kept. Returns whether it is."
-        size = rows,q.shape[1]
+    def deal(self, q: Tensor, size: tuple[int, int], start: int, left: int) -> bool:
+        "Fill `q` with a block of a matrix of this size, if one is kept. Returns whether it is."
         self.to_come[size] -= 1
         kept = self.kept.get((*size, q.dtype, q.device))
         if kept is None: return False
         if self.to_come[size] <= 0: del self.kept[*size, q.dtype, q.device]
         down,across = (torch.randperm(n, device=q.device) for n in size)
         signs = torch.randint(2, (sum(size),), dtype=q.dtype, device=q.device).mul_(2).sub_(1)
-        torch.gather(kept.index_select(0, down[start:stop]), 1, across.expand(q.shape), out=q)
-        q.mul_(signs[rows:]).mul_(signs[start:stop, None])
+        of_rows,of_cols = slice(start, start + len(q)),slice(left, left + q.shape[1])
+        torch.gather(kept.index_select(0, down[of_rows]), 1, across[of_cols].expand(q.shape), out=q)
+        q.mul_(signs[size[0]:][of_cols]).mul_(signs[of_rows, None])
         return True
 
     def keeps(self, rows: int, cols: int) -> bool:
@@ -75,34 +75,38 @@ def orthonormal(
     groups: int = 1,  # Matrices of `rows//groups` rows each, one below the other
     start: int = 0,  # First row to return
     stop: int | None = None,  # Row to stop before; `None`: the end
+    left: int = 0,  # First column to return
+    right: int | None = None,  # Column to stop before; `None`: the end
     dtype: torch.dtype = torch.float32,  # Of the result; the computation is in float32 at least
     device: torch.device | str | None = None,  # Where to draw and to compute; `None`: torch's default device
-    out: Tensor | None = None,  # (stop - start, cols): holds the result; in place of `dtype` and `device`
+    out: Tensor | None = None,  # (stop - start, right - left): gets the result; in place of `dtype` and `device`
     deck: Deck | None = None  # What matrices of a size that was drawn before are dealt from
-) -> Tensor:  # (stop - start, cols)
-    """Rows `start:stop` of a random matrix whose rows are orthonormal, or whose columns are if they are fewer.
+) -> Tensor:  # (stop - start, right - left)
+    """Rows `start:stop` and columns `left:right` of a random matrix whose rows are orthonormal, or whose columns are if
+    they are fewer.
 
     The numbers come from torch's default generator of the device. The same seed gives the same matrix, whatever the
-    slice, and any slice leaves the generator in the same state. A slice of a large matrix is computed without the rest.
-    A wide matrix takes a slice's share of the time, a tall one the time of the whole."""
-    stop = rows if stop is None else stop
+    block, and any block leaves the generator in the same state. A block of a large matrix is computed without the rest.
+    Of a wide matrix, a block takes the share of the time that its rows are; of a tall one, that its columns are."""
+    stop,right = rows if stop is None else stop, cols if right is None else right
     if not 0 <= start <= stop <= rows: raise ValueError(f'rows {start}:{stop} are not a slice of {rows} rows')
     if rows % groups: raise ValueError(f'{rows} rows do not make {groups} groups')
-    q = torch.empty(stop - start, cols, dtype=dtype, device=device) if out is None else out
+    if not 0 <= left <= right <= cols: raise ValueError(f'columns {left}:{right} are not a slice of {cols} columns')
+    q = torch.empty(stop - start, right - left, dtype=dtype, device=device) if out is None else out
     if deck is not None and groups == 1:
-        if deck.deal(q, rows, start, stop): return q
+        if deck.deal(q, (rows, cols), start, left): return q
         if deck.keeps(rows, cols):
             whole = orthonormal(rows, cols, dtype=q.dtype, device=q.device)
             deck.keep(whole)
-            return q.copy_(whole[start:stop])
+            return q.copy_(whole[start:stop, left:right])
     full,each = torch.promote_types(q.dtype, torch.float32),rows//groups
     few,many = sorted((each, cols))
     if few*few*many <= _SMALL or not _has_fft(full, q.device):
-        return q.copy_(_by_qr(groups, each, cols, full, q.device)[start:stop])
+        return q.copy_(_by_qr(groups, each, cols, full, q.device)[start:stop, left:right])
     for first in range(0, rows, each):
         fourier = _Fourier(many, full, q.device)
         lo,hi = (min(max(row, first), first + each) for row in (start, stop))
-        if lo < hi: fourier.fill(q[lo - start:hi - start], lo - first, each)
+        if lo < hi: fourier.fill(q[lo - start:hi - start], lo - first, left, each <= cols)
     return q
 
 
@@ -144,15 +148,15 @@ class _Fourier:
 
     def fill(
         self,
-        q: Tensor,  # Gets the rows from `start` on
+        q: Tensor,  # Gets the rows from `start` and the columns from `left` on
         start: int,  # Number of the first row
-        rows: int  # Of the whole matrix: the first `rows` of n, or all n of so many columns
+        left: int,  # Number of the first column
+        wide: bool  # Whether the matrix consists of rows of this one, or of their transpose
     ) -> None:
         "Write rows of a wide matrix, or of the transpose of one if it is tall."
-        if rows <= q.shape[1]:
-            for i, part in self._rows(start, start + len(q)): q[i - start:i - start + len(part)] = part
-        else:
-            for i, part in self._rows(0, q.shape[1]): q[:, i:i + len(part)] = part[:, start:start + len(q)].T
+        if not wide: q,start,left = q.T,left,start
+        for i, part in self._rows(start, start + len(q)):
+            q[i - start:i - start + len(part)] = part[:, left:left + q.shape[1]]
 
     def _rows(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         "Rows `start:stop`, a chunk at a time, each with the number of its first row."

@@ -20,6 +20,8 @@ from .conditions import Functions, NormWatch, measuring
 from .discovery import Discovery, OperationUnit
 from .evidence import n_samples, samples_alike
 from .moments import first_tensor
+from .ranks import several_ranks
+from .sharded import digest, engine_hooks, forwards, local
 from .solvers import BetweenPasses, biases, choose_solver, cloned, measure
 from .units import Observation, Unit
 
@@ -42,7 +44,7 @@ class Passes:
         self.between: dict[Unit, BetweenPasses] = {}  # Of the units that are called several times
         self.owners: dict[Any, Unit] = {}  # Of each weight and bias, the unit that ran first
         self.order: dict[Unit, None] = {}  # The units that have run, in order of execution
-        self.norms,self.alike,self.n_samples = NormWatch(),False,sys.maxsize
+        self.norms,self.alike,self.n_samples,self.batch = NormWatch(),False,sys.maxsize,0.
         self.begun = self.adopted = False  # Whether the model has run, and whether what it did not call was looked for
         self.busy = False  # Whether some unit is being corrected: what the model calls now runs the unit again
         self.hear: Callable[[Unit, Tensor], object] | None = None  # Shown the outputs, in place of measuring them
@@ -59,7 +61,7 @@ class Passes:
         if self.begun: self.rewind()  # state that a pass leaves behind is not that which training begins with
         self.begun = True
         self.norms.reset()
-        if fresh: self.alike,self.n_samples = samples_alike(batch),n_samples(batch)
+        if fresh: self.alike,self.n_samples,self.batch = samples_alike(batch),n_samples(batch),digest(batch)
         with self.hooked(), measuring(self.model, self.norms, *self._seen_by), _eager():
             call(self.model, cloned(batch))
         apart = gather(self)
@@ -125,6 +127,8 @@ class Passes:
     def hooked(self) -> Iterator[None]:
         "Hooks on each unit. Those that keep the input or the output come ahead of others' hooks, which may change it."
         with ExitStack() as stack:
+            stack.enter_context(forwards(self.model))
+
             def attach(register, f, **kw): stack.callback(register(partial(f, u, s), **kw).remove)
             stack.callback(self._clear)
             for u, s in self.solvers.items():
@@ -132,8 +136,10 @@ class Passes:
                 if s.needs_input:
                     attach(u.module.register_forward_pre_hook, self._keep_input, prepend=True, with_kwargs=True)
                 if s.needs_output: attach(u.module.register_forward_hook, self._keep_output, prepend=True)
-                if self.start is not None: attach(u.module.register_forward_pre_hook, self._begin, prepend=True)
-                attach(u.module.register_forward_hook, self._observe)
+                # Torch's own hooks gather the weights, and take them away.
+                engine = engine_hooks(u.module)
+                if self.start is not None: attach(u.module.register_forward_pre_hook, self._begin, prepend=not engine)
+                attach(u.module.register_forward_hook, self._observe, prepend=engine and not s.needs_input)
             yield
 
     def _clear(self) -> None:
@@ -186,19 +192,22 @@ class Passes:
 
     def _measure(self, u: Unit, x: Tensor | None) -> bool:  # Whether the unit is to be corrected
         "Measure a unit's output."
-        if x is None or x.numel() == 0: return False
+        if x is None or x.numel() == 0 and not several_ranks(): return False
         may_change = self.correct and u.claim(self.owners)
+        if u.seen is None and u.biases_differ is None and may_change and u.affine: u.biases_differ = biases(u).ndim > 0
+        seen = u.seen or Observation(u.target.per_channel or bool(may_change and u.biases_differ))
+        told = self.norms.spread,self.norms.normed,self.alike,self.batch
+        m = measure(u, x, seen.by_channel, *told)
+        if m is None: return False
         if u.seen is None:
-            if u.biases_differ is None and may_change and u.affine: u.biases_differ = biases(u).ndim > 0
-            u.seen = Observation(u.target.per_channel or bool(may_change and u.biases_differ))
+            u.seen = seen
             if not u.apart: self.order.setdefault(u)
             self.ran += 1
         u.seen.shape = tuple(x.shape)
         if self.watch is not None: self.watch(self.ran, len(self.units))
-        told = self.norms.spread,self.norms.normed,self.alike
-        u.seen.moments.append(measure(u, x, u.seen.by_channel, *told))
+        u.seen.moments.append(m)
         if u.apart or not (may_change and u.due()): return False
-        u.reason = u.doubts(u.seen.moments[-1], x)
+        u.reason = u.doubts(m, local(x))
         return not u.reason
 
 

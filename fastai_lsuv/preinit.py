@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from .discovery import OperationUnit
 from .orthogonal import Deck, orthonormal
-from .ranks import from_rank_0
+from .ranks import meet
+from .sharded import Shards, any_nonzero, drawn_alike, from_rank_0, is_sharded, local, slices_of
 from .units import Unit
 from .views import ViewRef
 
@@ -21,7 +22,8 @@ __all__ = ['preinitialize', 'orthogonal_', 'deck_for']
 @torch.no_grad()
 def orthogonal_(
     layer: nn.Module,  # A conv, linear or bilinear layer, plain, parametrized or with `weight_norm`
-    deck: Deck | None = None  # As in `orthonormal`
+    deck: Deck | None = None,  # As in `orthonormal`
+    shards: Shards | None = None  # Where the weight lies, if `layer` has a gathered copy
 ) -> None:
     """Give `layer` an orthonormal weight, each group of a grouped conv its own, and a zero bias.
 
@@ -40,23 +42,34 @@ def orthogonal_(
         g,v = layer.weight_g,_draw(layer, layer.weight_v.data, deck)
         dims = [d for d in range(v.dim()) if d >= g.dim() or g.shape[d] != v.shape[d]]
         g.data.copy_(torch.linalg.vector_norm(v, dim=dims or None, keepdim=bool(dims)).reshape(g.shape))
-    else: _draw(layer, layer.weight_orig.data if 'weight_orig' in layer._parameters else w.data, deck)
+    else:
+        w = layer._parameters.get('weight_orig', w)
+        finer = shards.finer(w) if shards is not None else None
+        if finer is None: _draw(layer, w, deck)
+        else: shards.write(w, _draw(layer, torch.empty_like(w, dtype=finer), deck))
     bias = layer._parameters.get('bias')
-    if bias is not None and bias.requires_grad: bias.data.zero_()
+    if bias is not None and bias.requires_grad: local(bias).data.zero_()
 
 
 def _is_zero(w: Tensor) -> bool:
     "Whether `w` holds nothing but zeros. The first number tells of most that do not."
+    if is_sharded(w): return not any_nonzero(w)
     return not w[(0,)*w.dim()] and not w.any()
 
 
 def _draw(layer: nn.Module, w: Tensor, deck: Deck | None) -> Tensor:
-    "Fill `w` with an orthonormal weight for `layer`, in place where its memory allows."
+    "Fill `w` with an orthonormal weight for `layer`, in place where its memory allows; of a shard, its slice."
     groups = layer.groups if isinstance(layer, _ConvNd) else 1
-    rows,cols = len(w), w.numel()//len(w)
-    if w.is_contiguous() and not w.is_inference():
-        orthonormal(rows, cols, groups=groups, out=w.view(rows, cols), deck=deck)
-    else: w.copy_(orthonormal(rows, cols, groups=groups, dtype=w.dtype, device=w.device, deck=deck).view(w.shape))
+    rows,cols = w.shape[0],w.numel()//w.shape[0]
+    t,(of_rows,of_cols,*others) = local(w).data,slices_of(w)
+    each = cols//w.shape[1]
+    block = dict(start=of_rows.start, stop=of_rows.stop, left=of_cols.start*each, right=of_cols.stop*each)
+    if any(s.stop - s.start < n for s, n in zip(others, w.shape[2:])): block = {}
+    kind = dict(groups=groups, dtype=t.dtype, device=t.device, deck=deck)
+    if not block: t.copy_(orthonormal(rows, cols, **kind).view(w.shape)[slices_of(w)])
+    elif t.is_contiguous() and not t.is_inference():
+        orthonormal(rows, cols, groups=groups, **block, out=t.view(len(t), block['right'] - block['left']), deck=deck)
+    else: t.copy_(orthonormal(rows, cols, **kind, **block).view(t.shape))
     return w
 
 
@@ -73,19 +86,29 @@ def preinitialize(
     preinit: str | Callable[[nn.Module], object],  # "orthogonal", or a function of the layer that holds the weight
     deck: Deck | None = None  # As in `orthonormal`
 ) -> None:
-    "Give `unit` its starting weights, the same on every rank of `torch.distributed`."
-    if isinstance(unit, OperationUnit): return _start_view(unit, preinit)
+    "Give `unit` its starting weights, the same on every rank of `torch.distributed`, or a slice of the same."
+    meet(f"the start of layer {unit.name!r}")
+    w = next((p for p in unit.layer.parameters() if p.dim() > 1), None)
+    # A function fills what a rank holds with numbers of its own. `orthogonal_` takes them from one matrix.
+    apart = sum(s.start for s in slices_of(w)) if preinit != 'orthogonal' and is_sharded(w) else 0
+    with drawn_alike(w.device if w is not None else torch.device('cpu'), apart), unit.shards.written():
+        if isinstance(unit, OperationUnit): _start_view(unit, preinit)
+        else: _start(unit, preinit, deck)
+
+
+def _start(unit: Unit, preinit: str | Callable[[nn.Module], object], deck: Deck | None) -> None:
+    "Give a layer its starting weights."
     layer,was = unit.layer,dict(unit.layer._parameters)
     kept = unit.anothers_bias.copy() if unit.anothers_bias is not None else None
     if preinit == 'orthogonal':
-        with torch._C.DisableTorchFunction(): orthogonal_(layer, deck)
+        with torch._C.DisableTorchFunction(): orthogonal_(layer, deck, unit.shards)
     else: preinit(layer)
     for n, p in was.items():  # an optimizer may hold the parameters: they get the values of any put in their place
         if p is not None and (new := layer._parameters[n]) is not p:
             p.data.copy_(new)
             layer._parameters[n] = p
     if kept is not None: unit.anothers_bias.assign(kept)
-    from_rank_0(layer.parameters())
+    from_rank_0(unit.shards.others(layer) if preinit == 'orthogonal' else layer.parameters())
 
 
 def _start_view(unit: OperationUnit, preinit: str | Callable[[nn.Module], object]) -> None:

@@ -1,22 +1,34 @@
 """What the processes of `torch.distributed` tell each other, so that all of them compute the same weights.
 
+Each round of talk begins with a message of one size, in which a rank says what it is doing. So a rank that has failed
+can answer whatever the others ask, and ranks that do different things find out. Either ends all of them, and none
+waits for ever.
+
 `pool_ranks` pools the moments of an activation. `any_rank` and `mean_of_ranks` agree on an answer or a number.
-`in_step` makes an error on one rank an error on all. `from_rank_0` copies tensors. With one process, each does
-nothing."""
+`in_step` makes an error on one rank an error on all. `meet` is a round with nothing to say, before the model itself
+communicates. With one process, each does nothing."""
 from __future__ import annotations
 
-from typing import Callable, Iterable, TypeVar
+import pickle
+from dataclasses import replace
+from itertools import groupby
+from typing import Callable, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .moments import Evidence, Moments, pool
 
-__all__ = ['several_ranks', 'pool_ranks', 'any_rank', 'mean_of_ranks', 'of_all_ranks', 'in_step', 'from_rank_0']
+__all__ = ['several_ranks', 'pool_ranks', 'any_rank', 'mean_of_ranks', 'of_all_ranks', 'in_step', 'meet', 'gathered']
 
 T = TypeVar('T')
+
+# Bytes of a message that say what a rank does, and numbers that follow.
+_WORDS,_NUMBERS = 120,12
+_FAILED = 'failed'
+# Moments of one activation, computed on several ranks, differ by no more than rounding.
+_SAME = 1e-6
 
 
 def several_ranks() -> bool:
@@ -24,69 +36,150 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _device() -> str:
-    "The device of the tensors that ranks exchange."
-    return 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+def gathered(mine: np.ndarray) -> list[np.ndarray]:
+    "The array of each rank, all of one shape and type."
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    sent = torch.from_numpy(np.ascontiguousarray(mine).view(np.uint8).reshape(-1)).to(device)
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, sent)
+    return [p.cpu().numpy().view(mine.dtype).reshape(mine.shape) for p in parts]
 
 
-def pool_ranks(m: Moments) -> Moments:
-    "Moments pooled over all ranks, bit for bit the same on each."
-    if not several_ranks(): return m
-    e = m.evidence
-    mine = np.hstack([m.count, e.samples, e.top, e.spread, e.normed, e.alike, m.mean, m.var])
-    mine = torch.from_numpy(mine).to(_device())
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
-    return pool([_unpack(p.cpu().numpy(), m) for p in parts])
+def _round(what: str, *numbers: float) -> np.ndarray:  # (ranks, numbers)
+    "Tell all ranks what this one does, with a few numbers. Raises on all of them if they do not do the same."
+    message = np.zeros(_WORDS + 8*_NUMBERS, np.uint8)
+    words = what.encode()[-_WORDS:]
+    message[:len(words)] = np.frombuffer(words, np.uint8)
+    message[_WORDS:_WORDS + 8*len(numbers)] = np.array(numbers, np.float64).view(np.uint8)
+    said = gathered(message)
+    words = [s[:_WORDS].tobytes().rstrip(b'\0').decode(errors='replace') for s in said]
+    if what != _FAILED: _check_all_do(words)
+    return np.stack([s[_WORDS:].view(np.float64)[:len(numbers)] for s in said])
 
 
-def _unpack(numbers: np.ndarray, like: Moments) -> Moments:
-    "The moments that a rank has sent."
-    (count, samples, top, spread, normed, alike), mean, var = np.split(numbers, [6, 6 + like.mean.size])
-    evidence = Evidence(int(samples), float(top), float(spread), bool(normed), bool(alike))
-    return Moments(int(count), mean.reshape(like.mean.shape), var.reshape(like.var.shape), evidence)
+def _check_all_do(words: list[str]) -> None:
+    "Raise if a rank has failed, or if ranks do different things."
+    failed = [r for r, w in enumerate(words) if w == _FAILED]
+    if failed: raise _told(RuntimeError(f"LSUV stopped because another rank failed; see the error of rank {failed[0]}"))
+    other = next((r for r, w in enumerate(words) if w != words[0]), None)
+    if other is None: return
+    raise _told(RuntimeError(
+        f"ranks do different things: {words[0]} on rank 0, {words[other]} on rank {other}. LSUV needs every rank to "
+        "run the same layers of the same model in the same order: switch off what skips layers at random, or "
+        "initialize the model on one process, before it is cut into pipeline stages or spread"))
+
+
+def _told(error: T) -> T:
+    "Note that all ranks know of an error."
+    error._all_ranks_know = True
+    return error
+
+
+def meet(what: str) -> None:
+    "Wait for all ranks. Raises if one has failed, or does something else."
+    if several_ranks(): _round(what)
 
 
 def any_rank(yes: bool) -> bool:
     "Whether the answer is yes on any rank."
-    if not several_ranks(): return yes
-    answer = torch.tensor(float(yes), device=_device())
-    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return bool(answer)
+    return bool(_round('a question', yes).any()) if several_ranks() else yes
 
 
 def mean_of_ranks(number: float) -> float:
     "The mean of each rank's number."
-    if not several_ranks(): return number
-    total = torch.tensor(number, dtype=torch.float64, device=_device())
-    dist.all_reduce(total)
-    return total.item()/dist.get_world_size()
+    return float(_round('a mean', number).mean()) if several_ranks() else number
 
 
 def of_all_ranks(mine: T) -> list[T]:
     "What each rank has. It is pickled on the way."
     if not several_ranks(): return [mine]
-    parts: list[T] = [mine]*dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts
+    packed = np.frombuffer(pickle.dumps(mine), np.uint8)
+    sizes = _round('a list', len(packed))[:, 0].astype(int)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[:len(packed)] = packed
+    return [pickle.loads(p[:n].tobytes()) for p, n in zip(gathered(padded), sizes)]
 
 
 def in_step(f: Callable[[], T]) -> T:
     "What `f()` returns. If it raises on one rank, it raises on all, so that no rank waits for ever."
-    error = None
+    if not several_ranks(): return f()
     try: out = f()
-    except BaseException as e: error = e
-    failed = any_rank(error is not None)
-    if error is not None: raise error
-    if failed: raise RuntimeError("LSUV stopped because another rank failed; see the error of that rank")
+    except BaseException as e:
+        if not getattr(e, '_all_ranks_know', False):
+            _round(_FAILED)
+            try: _told(e)
+            except AttributeError: pass  # an exception without a `__dict__`
+        raise
+    _round('the next step')
     return out
 
 
-@torch.no_grad()
-def from_rank_0(tensors: Iterable[Tensor]) -> None:
-    "Give tensors the contents that they have on rank 0."
-    if not several_ranks(): return
-    for t in tensors:
-        sent = t.data.contiguous()  # a copy, where memory has another order (channels-last, say)
-        dist.broadcast(sent, 0)
-        if sent.data_ptr() != t.data_ptr(): t.data.copy_(sent)
+# ---- Moments
+
+def pool_ranks(
+    m: Moments | None,  # `None` where this rank holds no element of the activation
+    of: str = '',  # What the moments are of, such as the name of a layer
+    first: int = 0  # Number of the first channel that this rank holds
+) -> Moments | None:
+    """Moments pooled over all ranks, bit for bit the same on each.
+
+    Ranks with the same mini-batch hold the same numbers, which count once, or other channels, or other elements."""
+    if not several_ranks(): return m
+    e = m.evidence if m is not None else Evidence()
+    sizes = (m.mean.ndim, m.mean.size, m.var.ndim) if m is not None else (0, 0, 0)
+    told = _round(f"layer {of!r}", m.count if m is not None else 0, *sizes, first, e.samples, e.top, e.spread, e.normed,
+                  e.alike, e.batch)
+    most = int(told[:, 2].max())
+    mine = np.zeros((2, most))
+    if m is not None: mine[0, :m.mean.size],mine[1, :m.var.size] = m.mean,m.var
+    parts = [_Part.of(t, v) for t, v in zip(told, gathered(mine)) if t[0]]
+    if not parts: return None
+    parts.sort(key=lambda p: p.moments.evidence.batch)
+    pooled = pool([_of_one_batch(list(g)) for _, g in groupby(parts, key=lambda p: p.moments.evidence.batch)])
+    return replace(pooled, evidence=replace(pooled.evidence, batch=e.batch))
+
+
+class _Part:
+    "The moments that a rank has sent, and the number of their first channel."
+    def __init__(self, first: int, moments: Moments): self.first,self.moments = first,moments
+
+    @classmethod
+    def of(cls, told: np.ndarray, values: np.ndarray) -> _Part:
+        count,ndim,size,var_ndim,first,samples,top,spread,normed,alike,batch = told.tolist()
+        evidence = Evidence(int(samples), top, spread, bool(normed), bool(alike), batch)
+        mean,var = values[0, :int(size)],values[1, :int(size) if var_ndim else 1]
+        return cls(int(first), Moments(int(count), mean if ndim else mean[0], var if var_ndim else var[0], evidence))
+
+    def same(self, other: _Part) -> bool:
+        a,b = self.moments,other.moments
+        if (self.first, a.count, a.mean.shape) != (other.first, b.count, b.mean.shape): return False
+        near = (np.allclose(x, y, _SAME, 0, equal_nan=True) for x, y in ((a.mean, b.mean), (a.var, b.var)))
+        return all(near)
+
+
+def _of_one_batch(parts: list[_Part]) -> Moments:
+    "Moments over ranks that hold the same samples."
+    different: list[_Part] = []
+    for p in parts:
+        if not any(p.same(q) for q in different): different.append(p)
+    if len(different) == 1: return different[0].moments
+    different.sort(key=lambda p: p.first)
+    of_channels = [pool([p.moments for p in g]) for _, g in groupby(different, key=lambda p: p.first)]
+    m = _side_by_side(of_channels) if len(of_channels) > 1 else of_channels[0]
+    kept = [p.moments for p in different]
+    squares = [k.count*float(np.sum(k.var + np.square(k.mean - m.mean.mean()))) for k in kept]
+    top = sum(k.evidence.top*q for k, q in zip(kept, squares))/max(sum(squares), np.finfo(float).tiny)
+    e = [k.evidence for k in kept]
+    evidence = Evidence(max(x.samples for x in e), min(top, 1.), min(x.spread for x in e), any(x.normed for x in e),
+                        all(x.alike for x in e), e[0].batch)
+    return Moments(m.count, m.mean, m.var, evidence)
+
+
+def _side_by_side(parts: list[Moments]) -> Moments:
+    "Moments of channels that follow each other."
+    if not parts[0].mean.ndim: return pool(parts)
+    sizes = [p.mean.size for p in parts]
+    mean = np.concatenate([p.mean for p in parts])
+    var = np.concatenate([p.var for p in parts]) if parts[0].var.ndim else np.average([p.var for p in parts],
+                                                                                      weights=sizes)
+    return Moments(parts[0].count, mean, var, parts[0].evidence)

@@ -19,6 +19,7 @@ from .evidence import varies
 from .loops import AffineMeter, Meter, run_loops
 from .moments import Evidence, Moments, channel_moments, first_tensor, whole_moments
 from .ranks import pool_ranks
+from .sharded import Portion, is_engine_hook, portion, reduced, whole
 from .units import Unit
 from .weights import WeightRef, is_layer
 
@@ -33,20 +34,29 @@ def measure(
     x: Tensor,  # Its output
     by_channel: bool,  # Whether channels matter, or the whole is enough
     *told: Any  # What else the moments rest on: the last fields of `Evidence`
-) -> Moments:
+) -> Moments | None:  # `None` if no rank holds an element
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
-        m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
-    evidence = Evidence(min(m.evidence.samples, u.most_samples), m.evidence.top, *told)
-    m = Moments(m.count, m.mean, m.var, evidence)
-    return m if u.apart else pool_ranks(m)
+        part,m = part_held(u, reduced(x)),None
+        x = part.local
+        if x.numel(): m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
+    if m is not None:
+        samples = min(m.evidence.samples, u.most_samples)
+        m = Moments(m.count, m.mean, m.var, Evidence(samples, m.evidence.top, *told))
+    return m if u.apart else pool_ranks(m, u.name, part.first)
+
+
+def part_held(u: Unit, x: Tensor) -> Portion:
+    "What this rank holds of the output `x` of `u`."
+    weight = next((w for w in u.weights if w.name == 'weight'), None)
+    return portion(x, u.channel_dim, weight and weight.tensor, bool(weight and weight.transposed_groups))
 
 
 def biases(u: Unit) -> np.ndarray:
     "The bias of an affine unit: (C,) float64, or a number if it has none or all are the same."
     b = u.added
     if b is None: return np.float64(0)
-    b = b.detach().to('cpu', torch.float64, copy=True).numpy()
+    b = whole(b.detach()).to('cpu', torch.float64, copy=True).numpy()
     return b[0] if (b == b[0]).all() else b
 
 
@@ -137,7 +147,7 @@ class RunAgainMeter:
         if self.stale:
             self.out = self.solver.run()
             e = self.first[0].evidence
-            told = e.spread,e.normed,e.alike
+            told = e.spread,e.normed,e.alike,e.batch
             self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.by_channel, *told)
             self.stale = False
         return self.moments.stats(self.unit.target.per_channel)
@@ -169,7 +179,7 @@ class ClosedForm:
     Another's forward hook may change the output, which is then no longer affine in the weight: the unit runs again."""
     def __init__(self, unit: Unit):
         self.unit,self.raw = unit,None
-        hooked = unit.is_module and bool(unit.module._forward_hooks)
+        hooked = unit.is_module and not all(map(is_engine_hook, unit.module._forward_hooks.values()))
         self.fallback = RunAgain(unit) if hooked else None
         self.needs_input = self.needs_output = hooked
 
@@ -209,12 +219,16 @@ class ClosedForm:
         offset = (1 - a)*b + shift
         u.seen.moments = [m.affine(a, offset) for m in u.seen.moments]
         u.history = [m.affine(a, offset) for m in u.history if m.mean.shape == now.mean.shape]
-        _mend(x, a, offset, u.channel_dim)
+        _mend(part_held(u, x), a, offset, u.channel_dim)
 
 
-def _mend(x: Tensor, a: np.ndarray, offset: np.ndarray, channel_dim: int) -> None:
-    "Make `x` hold `a*x + offset`, each one number or one a channel."
-    x = x.as_subclass(Tensor)
+def _mend(part: Portion, a: np.ndarray, offset: np.ndarray, channel_dim: int) -> None:
+    "Make an output `x` hold `a*x + offset`, each one number or one a channel."
+    x = part.local.as_subclass(Tensor)
+    if not x.numel(): return
+    mine = slice(part.first, part.first + x.shape[channel_dim] if x.dim() else None)
+    a,offset = (v[mine] if v.size > 1 else v for v in (a, offset))
+    offset = offset/part.terms
     if x.requires_grad: x = x.data  # the model takes a gradient by itself: it should be that of the new weights
     shape = [1]*x.dim()
     if x.dim(): shape[channel_dim] = -1

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .lsuv import plain
+from .sharded import is_sharded, local
 from .units import Unit
 
 __all__ = ['EARLIER', 'CallbackOnNewWeights', 'KnownWeights', 'parameters', 'came_trained', 'pretrained_body',
@@ -27,6 +28,16 @@ _INITIALIZED: WeakSet[nn.Module] = WeakSet()  # Models that were initialized: th
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     "The parameters that exist: those of lazy modules do not yet."
     return [p for p in model.parameters() if not is_lazy(p)]
+
+
+def _ref(p: nn.Parameter) -> Callable[[], nn.Parameter | None]:
+    "A reference to `p`: a weak one, which `Module.to` does not allow for a sharded parameter."
+    return (lambda: p) if is_sharded(p) else ref(p)
+
+
+def _version(p: nn.Parameter) -> int:
+    "How often `p` was written to. `Module.to` makes a new wrapper of a sharded parameter, around the same memory."
+    return local(p)._version
 
 
 class KnownWeights:
@@ -43,12 +54,12 @@ class KnownWeights:
     ) -> None:
         "Note parameters not seen before; after a run of LSUV, the versions that it has made."
         for p in params:
-            if not self.knows(p): self.of[id(p)] = ref(p),p._version,not p.requires_grad
-            elif written is not None and id(p) not in written: self.of[id(p)] = ref(p),p._version,self.of[id(p)][2]
+            if not self.knows(p): self.of[id(p)] = _ref(p),_version(p),not p.requires_grad
+            elif written is not None and id(p) not in written: self.of[id(p)] = _ref(p),_version(p),self.of[id(p)][2]
 
     def written(self, params: Iterable[nn.Parameter]) -> set[int]:
         "Ids of the parameters that were written since they were noted."
-        return {id(p) for p in params if self.knows(p) and p._version > self.of[id(p)][1]}
+        return {id(p) for p in params if self.knows(p) and _version(p) > self.of[id(p)][1]}
 
     def was_frozen(self, p: nn.Parameter) -> bool: return self.knows(p) and self.of[id(p)][2]
 
@@ -57,7 +68,7 @@ class KnownWeights:
         params,new = list(params),KnownWeights()
         written = self.written(params)
         for p, q in zip(params, copies):
-            if self.knows(p): new.of[id(q)] = ref(q),-1 if id(p) in written else q._version,self.of[id(p)][2]
+            if self.knows(p): new.of[id(q)] = _ref(q),-1 if id(p) in written else _version(q),self.of[id(p)][2]
         return new
 
 
@@ -153,7 +164,7 @@ def _was_trained(learn: Learner) -> bool:
     if any(set(s) - {'do_wd', 'force_train'} for s in states): return True
     if _found_lr(recorder): return False
     grads = [p.grad for p in params if p.grad is not None]
-    if grads and not any(g.any() for g in grads): return True
+    if grads and not any(local(g).any() for g in grads): return True
     remembers = any(opt.hypers[0].get(h) for h in ('mom', 'sqr_mom'))
     return not remembers and len(getattr(recorder, 'losses', ())) > 0
 
@@ -167,7 +178,7 @@ def _found_lr(recorder: Callback | None) -> bool:
 
 def _learned_norm(model: nn.Module) -> str:
     "Name of a norm layer that has learned, or \"\": nobody starts both its weight and its bias with several values."
-    def varies(p): return p is not None and not is_lazy(p) and bool((p != p[:1]).any())
+    def varies(p): return p is not None and not is_lazy(p) and bool((local(p) != local(p)[:1]).any())
 
     for n, m in model.named_modules():
         w,b = m._parameters.get('weight'),m._parameters.get('bias')

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .evidence import doubt, mean_tolerance, varies
 from .loops import Loops
 from .moments import Moments, pool
+from .sharded import Shards, class_of
 from .status import DOUBTS, Status
 from .weights import Parts, WeightRef, parts_of
 
@@ -98,10 +99,11 @@ class Unit:
         module: nn.Module,
         parts: Parts | None = None  # What its output is made with; by default what `parts_of` finds
     ):
-        self.name,self.module,self.kind = name,module,type(module).__name__
+        self.name,self.module,self.kind = name,module,class_of(module).__name__
         parts = parts or parts_of(module)
         self.layer,self.channel_dim,self.affine = parts.layer,parts.channel_dim,parts.affine
         self.weights,self.bias = parts.weights,parts.bias
+        self.shards = Shards.inside(parts.layer if parts.layer is not None else module)
         self.anothers_bias: WeightRef | None = None  # A bias that a unit before this one owns
         self.left_alone = 'frozen' if parts.frozen else ''
         self.target: Target | None = None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from .operations import Layout
+from .sharded import is_sharded, local, part_of
 from .weights import WeightRef
 
 __all__ = ['Held', 'View', 'ViewRef', 'Copy', 'Sources']
@@ -27,6 +28,11 @@ class Held:
     attribute: str
     param: nn.Parameter
     unit: Any = None  # The unit whose layer holds it, if the model applies it without calling the layer
+
+    @property
+    def now(self) -> nn.Parameter:
+        "The parameter, or the gathered copy that is in its place."
+        return self.module._parameters[self.attribute] if is_sharded(self.param) else self.param
 
 
 @dataclass
@@ -54,7 +60,7 @@ class View:
     copy: Copy | None = field(default=None, compare=False)  # The copy that the operation was given, if it was one
 
     @property
-    def tensor(self) -> Tensor: return self.held.param.data.as_strided(self.size, self.stride, self.offset)
+    def tensor(self) -> Tensor: return self.held.now.data.as_strided(self.size, self.stride, self.offset)
 
     @property
     def recipe(self) -> tuple: return self.held.name, self.offset, self.size, self.stride
@@ -149,8 +155,8 @@ class ViewRef(WeightRef):
         view: View,
         layout: Layout | None = None  # What its dimensions are for; `None` for a bias, of one dimension
     ):
-        super().__init__(view.held.module, view.held.attribute)
         self.view,self.layout = view,layout or Layout((0,), (), (), (0,), -1)
+        super().__init__(view.held.module, view.held.attribute)
         self.has_setter = False
 
     @property
@@ -184,9 +190,32 @@ class ViewRef(WeightRef):
         n,rows,cols = self.shape
         return torch.linalg.vector_norm(self.tensor.float()).item()/(n*min(rows, cols))**0.5
 
-    def _by_channel(self, by: np.ndarray) -> Tensor | float:
+    @property
+    def _tensors(self) -> list[Tensor]:
+        gathered = self.view.held.now is not self.shard
+        return [*([self.tensor] if gathered else []), *([self.shard] if self.shard is not None else [])]
+
+    @torch.no_grad()
+    def mul(self, by: np.ndarray) -> None: self._change(Tensor.mul_, torch.ones, by)
+
+    @torch.no_grad()
+    def add(self, by: np.ndarray) -> None: self._change(Tensor.add_, torch.zeros, by)
+
+    def _change(self, change: Callable, empty: Callable, by: np.ndarray) -> None:
+        for t in self._tensors:
+            change(local(t), self._for_shard(change, empty, by) if t is self.shard else self._by_channel(by, t))
+
+    def _for_shard(self, change: Callable, empty: Callable, by: np.ndarray) -> Tensor:
+        "The numbers for what this rank holds of the parameter: 1 or 0 outside the view."
+        p = self.shard
+        all_ = empty(p.shape, dtype=p.dtype, device=p.device)
+        view = self.layout.of(all_.as_strided(self.view.size, self.view.stride, self.view.offset))
+        change(view, self._by_channel(by, view))
+        return part_of(p, all_)
+
+    def _by_channel(self, by: np.ndarray, w: Tensor | None = None) -> Tensor | float:
         if by.size == 1: return by.item()
-        w,dims = self.tensor,self.layout.channels
+        w,dims = self.tensor if w is None else w,self.layout.channels
         if by.size != math.prod(w.shape[d] for d in dims):
             raise ValueError(f"per_channel: {self.view.name} does not hold a value for each of {by.size} channels; "
                              "pass per_channel=False, or leave it out with `modules`")
@@ -198,19 +227,34 @@ class Sources:
     def __init__(self, held: Iterable[Held]):
         self.by_id: dict[int, Held] = {}
         self.by_storage: dict[int, list[Held]] = {}
+        self.sharded: list[Held] = []
         self.copies: dict[int, Copy] = {}
         self.matrices = False  # Whether some have two or more dimensions
         self.add(held)
 
     def add(self, held: Iterable[Held]) -> None:
         for h in held:
-            if id(h.param) in self.by_id or type(h.param) is not nn.Parameter: continue
+            shard = is_sharded(h.param)
+            if id(h.param) in self.by_id or not (shard or type(h.param) is nn.Parameter): continue
             self.by_id[id(h.param)] = h
             self.matrices |= h.param.dim() > 1
-            self.by_storage.setdefault(h.param.untyped_storage()._cdata, []).append(h)
+            if shard: self.sharded.append(h)
+            else: self._stored(h)
+
+    def _stored(self, h: Held) -> None:
+        held = self.by_storage.setdefault(h.now.untyped_storage()._cdata, [])
+        if h not in held: held.append(h)
+
+    def _look_again(self) -> None:
+        "Take in the gathered copies of sharded parameters."
+        for h in self.sharded:
+            if type(now := h.now) is not nn.Parameter or id(now) in self.by_id: continue
+            self.by_id[id(now)] = h
+            self._stored(h)
 
     def find(self, t: Any) -> View | None:
         "The elements of a parameter that `t` holds, as they are or as a copy; `None` if it holds others."
+        if self.sharded: self._look_again()
         if type(t) is nn.Parameter:
             h = self.by_id.get(id(t))
             return View(h, t.storage_offset(), tuple(t.shape), t.stride()) if h is not None else None
@@ -219,7 +263,7 @@ class Sources:
         except RuntimeError: return None  # a sparse tensor has no storage
         if held is not None:
             at = t.storage_offset()
-            h = next((h for h in held if 0 <= at - h.param.storage_offset() < h.param.numel()), None)
+            h = next((h for h in held if 0 <= at - h.now.storage_offset() < h.now.numel()), None)
             return View(h, at, tuple(t.shape), t.stride()) if h is not None else None
         if not self.copies: return None
         base = t._base if t._is_view() else t

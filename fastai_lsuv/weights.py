@@ -15,6 +15,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from .sharded import is_sharded, local, part_of, whole
+
 __all__ = ['Kind', 'KINDS', 'is_layer', 'WeightRef', 'Parts', 'parts_of', 'made_of']
 
 
@@ -74,6 +76,8 @@ class WeightRef:
         is_tensor = name in owner._parameters or name in owner._buffers
         has_property = getattr(getattr(type(owner), name, None), 'fset', None) is not None
         self.has_setter = not is_tensor and (has_property or name in vars(owner))
+        # What stays between forwards: during one, `fully_shard` puts a gathered copy in its place.
+        self.shard = v if not self.has_setter and is_sharded(v := self.value) else None
 
     @property
     def value(self) -> Any: return getattr(self.owner, self.name)
@@ -88,37 +92,50 @@ class WeightRef:
     @property
     def key(self) -> Any:
         "Identifies the tensor. A property makes a new one on each read, so its owner and name identify it."
-        return (id(self.owner), self.name) if self.has_setter else id(self.value)
+        if self.has_setter: return id(self.owner), self.name
+        return id(self.value if self.shard is None else self.shard)
 
     def part(self, grad: Tensor) -> Tensor:
         "What of the parameter's gradient is that of this tensor."
         return grad
 
-    def copy(self) -> Any: return self.tensor.detach().clone() if self.tensor is not None else self.value
+    @property
+    def _tensors(self) -> list[Tensor]:
+        "The tensor, and the shard of it that stays if this is a gathered copy."
+        return [t for t in (self.tensor, self.shard if self.shard is not self.value else None) if t is not None]
+
+    def copy(self) -> Any:
+        "What `assign` takes."
+        if self.has_setter: return self.tensor.detach().clone() if self.tensor is not None else self.value
+        return [(t, local(t).detach().clone()) for t in self._tensors]
 
     @torch.no_grad()
-    def assign(self, value: Any) -> None:
-        if self.has_setter: setattr(self.owner, self.name, value)
-        else: self.tensor.data.copy_(value)
+    def assign(self, copied: Any) -> None:
+        "Give it back what it held when it was copied."
+        if self.has_setter: setattr(self.owner, self.name, copied)
+        else:
+            for t, value in copied: local(t).data.copy_(value)
 
     def size(self) -> float:
         "Root mean square of the weight's singular values, which are 1 in an orthonormal weight; 1 if it is no matrix."
         w = self.tensor
         if w is None or w.dim() < 2: return 1.
-        rows,cols = len(w), w[0].numel()
-        return torch.linalg.vector_norm(w.detach().float()).item()/min(rows, cols)**0.5
+        rows = w.shape[0]
+        return whole(torch.linalg.vector_norm(w.detach().float())).item()/min(rows, w.numel()//rows)**0.5
 
     @torch.no_grad()
     def mul(self, by: np.ndarray) -> None:
         to = self._by_channel(by)
         if self.has_setter: self.assign(self.value*to)
-        else: self.tensor.data.mul_(to)
+        else:
+            for t in self._tensors: local(t).data.mul_(_for(t, to))
 
     @torch.no_grad()
     def add(self, by: np.ndarray) -> None:
         to = self._by_channel(by)
         if self.has_setter: self.assign(self.value + to)
-        else: self.tensor.data.add_(to)
+        else:
+            for t in self._tensors: local(t).data.add_(_for(t, to))
 
     def _by_channel(self, by: np.ndarray) -> Tensor | float:
         "One number, or one a channel, in a shape that broadcasts with the value."
@@ -129,7 +146,13 @@ class WeightRef:
         if v is None or v.shape[:x.dim()] != x.shape:
             raise ValueError(f"per_channel: {type(self.owner).__name__}.{self.name} does not hold a value for each of "
                              f"{c} channels; pass per_channel=False, or leave the module out with `modules`")
-        return x.reshape(*x.shape, *[1]*(v.dim() - x.dim())).to(v)
+        x = x.reshape(*x.shape, *[1]*(v.dim() - x.dim()))
+        return x.to(v.device, v.dtype) if self.has_setter else x
+
+
+def _for(t: Tensor, to: Tensor | float) -> Tensor | float:
+    "One number, or those for what this rank holds of `t`."
+    return part_of(t, to).to(t.device, t.dtype) if isinstance(to, Tensor) else to
 
 
 # The weight and the bias of a layer, and what hooks compute a weight from

@@ -78,6 +78,15 @@ def test_slices_put_together_are_the_whole(rows, cols, groups):
     assert not torch.allclose(orthonormal(rows, cols, groups=groups), whole)
 
 
+@pytest.mark.parametrize('rows,cols,groups', [(9, 5, 1), (12, 30, 3), *((*s, 1) for s in LARGE), (384, 128, 3)])
+def test_a_block_is_cut_out_of_the_whole(rows, cols, groups):
+    whole,after = seeded(rows, cols, groups=groups),torch.rand(3)
+    start,stop,left,right = rows//4,rows//2 + 1,cols//3,cols - 1
+    block = seeded(rows, cols, groups=groups, start=start, stop=stop, left=left, right=right)
+    assert torch.equal(torch.rand(3), after)
+    torch.testing.assert_close(block, whole[start:stop, left:right], atol=2e-7, rtol=0)
+
+
 @pytest.mark.parametrize('rows,cols', [(4, 9), (9, 4), (128, 130)])
 def test_each_group_is_a_matrix_of_its_own(rows, cols):
     q = seeded(3*rows, cols, groups=3)
@@ -85,7 +94,8 @@ def test_each_group_is_a_matrix_of_its_own(rows, cols):
 
 
 @pytest.mark.parametrize('kwargs,message', [
-    (dict(start=-1), '-1:6'), (dict(stop=7), '0:7'), (dict(start=3, stop=2), '3:2'), (dict(groups=4), '6 rows.*4 g')])
+    (dict(start=-1), '-1:6'), (dict(stop=7), '0:7'), (dict(start=3, stop=2), '3:2'),
+    (dict(left=2, right=5), 'columns 2:5'), (dict(groups=4), '6 rows.*4 g')])
 def test_what_it_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message): orthonormal(6, 4, **kwargs)
 
