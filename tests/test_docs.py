@@ -141,7 +141,7 @@ def test_figures_of_the_readme_are_the_benchmarks():
     ours = next(r for r in rows('reach') if 'fastai_lsuv' in r[0])
     reached,of,share = re.match(r'(\d+) of (\d+) (.*)', ours[1]).groups()
     networks = re.search(r'of (\d+)', ours[2])[1]
-    assert f'On the {networks} networks of the test suite' in text and f'{reached} of {of} layers {share}' in text
+    assert f'On {networks} networks of the test suite' in text and f'{reached} of {of} layers {share}' in text
 
 
 def test_readme_is_short():
