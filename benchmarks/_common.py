@@ -83,13 +83,18 @@ def label(package):
     return f'{package} {version(package)}'
 
 
+def of_the_tests(name):
+    "A module of the tests."
+    spec = importlib.util.spec_from_file_location(name, ROOT/'tests'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def networks():
     "The table of architectures that the tests use."
-    spec = importlib.util.spec_from_file_location('networks', ROOT/'tests'/'networks.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['networks'] = module
-    spec.loader.exec_module(module)
-    return module.NETWORKS
+    return of_the_tests('networks').NETWORKS
 
 
 def first_line(e):

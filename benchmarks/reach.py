@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from _common import COLORS, IMAGES, PACKAGES, RESULTS
-from _common import first_line, forward, installed, label, markdown, networks, on_device, passes_begun, timed, where
+from _common import first_line, forward, installed, label, markdown, networks, of_the_tests, on_device, passes_begun
+from _common import timed, where
 
 LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
-COLUMNS = ['network', 'package', 'outcome', 'layers', 'reached', 'passes_begun', 'passes_worth',
-           'seconds', 'forward_seconds', 'said', 'silent', 'error']
+COLUMNS = ['network', 'package', 'outcome', 'layers', 'reached', 'elements', 'elements_reached', 'passes_begun',
+           'passes_worth', 'seconds', 'forward_seconds', 'said', 'silent', 'error']
 
 
 class CutOff(BaseException):
@@ -98,6 +99,27 @@ def stds(model, batch):
     return {name: pooled(calls) for name, calls in parts.items()}
 
 
+def matrices(model, batch, tol):
+    """Elements of all parameters of two or more dimensions, and of those among them whose output is reached.
+
+    The output is that of the layer that holds them, or of the operation that takes them or a slice of them."""
+    sizes = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1}
+    total,reached = sum(sizes.values()),{}
+    found = of_the_tests('judging').judge(model, batch)
+    modules,slices = dict(model.named_modules()),{}
+    for name in found: slices.setdefault(name.split('[')[0], []).append(name)
+    for name, std in found.items():
+        base = name.split('[')[0]
+        if not abs(std - 1) <= tol: continue
+        if base in sizes:
+            reached[base] = reached.get(base, 0) + sizes[base]//len(slices[base])
+        elif base in modules:
+            layer = getattr(modules[base], 'out_proj', modules[base])
+            for p in layer.parameters():
+                if p.dim() > 1: reached[id(p)] = p.numel()
+    return total, sum(reached.values())
+
+
 def plain(model):
     "The model itself, without `torch.compile`."
     return getattr(model, '_orig_mod', model)
@@ -135,6 +157,10 @@ def judge(network, package, tol, seconds, device):
         row['error'] = row['error'] or first_line(e)
     missed = {name for name, std in found.items() if not abs(std - 1) <= tol}
     row.update(layers=len(found), reached=len(found) - len(missed))
+    try:
+        row.update(zip(('elements', 'elements_reached'), matrices(plain(model), batch, tol)))
+    except Exception as e:
+        row.update(elements=matrices(spare, batch, tol)[0], elements_reached=0, error=row['error'] or first_line(e))
     if report is not None:  # the report may name the layers that the package does not reach
         said = {r.name: r.status for r in report}
         silent = [name for name in missed if said.get(name, 'ok') in ('ok', 'no bias')]
@@ -158,12 +184,14 @@ def summary(rows, packages):
         whole = sum(r['reached'] == r['layers'] for r in ended)
         outcomes = [r['outcome'] for r in of]
         seconds = total(of, 'seconds')
-        return [f'**{label(package)}**', f'{reached} of {n} ({100*reached/max(n, 1):.1f} %)', f'{whole} of {len(of)}',
+        weights = 100*total(of, 'elements_reached')/max(total(of, 'elements'), 1)
+        return [f'**{label(package)}**', f'{reached} of {n} ({100*reached/max(n, 1):.1f} %)', f'{weights:.1f} %',
+                f'{whole} of {len(of)}',
                 outcomes.count('failed'), outcomes.count('cut off'), total(of, 'passes_begun'),
                 max((r['passes_begun'] for r in ended), default='-'),
                 f'{seconds:.0f} s', f"{seconds/total(of, 'forward_seconds'):.1f}"]
-    columns = ['', 'layers reached', 'networks whole', 'failed', 'cut off', 'passes begun', 'most', 'time',
-               'in forwards of all']
+    columns = ['', 'layers reached', 'of all weights', 'networks whole', 'failed', 'cut off', 'passes begun', 'most',
+               'time', 'in forwards of all']
     return markdown(columns, [row(p) for p in packages])
 
 
@@ -228,9 +256,11 @@ def write_csv(rows, path):
 INTRODUCTION = (
     '{networks} networks, {where}. A layer is reached if the std of its output is within {tol:g} of 1. The std is '
     'measured from outside, with the same mini-batch, as the network trains (training mode, dropout off). A network is '
-    'whole if all its layers that run are reached. `anyinit` is here for the reach and the cost of a data-driven '
-    'initialization. It has another aim: a unit second moment after each activation, not std 1 of each layer. A '
-    'package is cut off after {limit:g} s of processor time for a network. No package should reach some layers: '
+    'whole if all its layers that run are reached. Of all weights: the share of the elements of parameters of two or '
+    'more dimensions, embeddings among them, whose layer or operation is reached. `anyinit` is here for the reach and '
+    'the cost of a data-driven initialization. It has another aim: a unit second moment after each activation, not '
+    'std 1 of each layer. A package is cut off after {limit:g} s of processor time for a network. No package should '
+    'reach some layers: '
     'frozen, tied or zero-initialized weights mean something, and `fastai_lsuv` leaves them as they are. There are '
     '{missed} layers that it does not bring to std 1. Its report names {named} of them with the reason. Times are the '
     "processor's and vary with the machine. Their ratios to forward passes are what counts.")

@@ -129,7 +129,25 @@ def test_reach_judges_from_outside(benchmark, tmp_path, capsys):
     found = {r['network']: [r[c] for c in columns] for r in rows(tmp_path/'reach.csv')}
     assert found['torchvision/resnet18'] == ['ended', '21', '21', '2']
     assert found['hand/tied_embedding'] == ['ended', '2', '1', '2'] and len(found) == 2
+    of_weights = {r['network']: (r['elements'], r['elements_reached']) for r in rows(tmp_path/'reach.csv')}
+    assert of_weights['hand/tied_embedding'] == ('1056', '256')  # the decoder shares the weight of the embedding
     assert '22 of 23 (95.7 %)' in capsys.readouterr().out
+
+
+def test_reach_counts_the_weights_that_operations_take(benchmark):
+    reach = benchmark('reach')
+    w,unused = nn.Parameter(torch.randn(3, 8, 4)),nn.Parameter(torch.randn(5, 2))
+    w.data[0] /= 8**0.5
+
+    class Slices(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w,self.unused = w,unused
+
+        def forward(self, x):
+            return x @ self.w[0] + x @ self.w[1] + x @ self.w[2]
+
+    assert reach.matrices(Slices(), torch.randn(4000, 8), 0.3) == (106, 32)
 
 
 def test_reach_pools_the_calls_of_a_layer(benchmark):
