@@ -240,13 +240,15 @@ def test_layers_tell_of_samples_and_gradients():
     assert rows[1]['between'] == pytest.approx(between_samples(model(x)))
     t = summary(pd.DataFrame(rows).assign(start='s'))
     ratio = rows[0]['grad_std']/rows[1]['grad_std']
+    share = 100*rows[1]['between']
+    assert t['variance between samples, last layer, %'].tolist() == [f'{share:.1f} to {share:.1f}']
     assert float(t['gradient std, first over last'].iloc[0]) == pytest.approx(ratio, rel=.05)
 
 
 @pytest.mark.slow
 def test_signal(tmp_path, capsys):
-    df = signal(n=64, depth=4, width=.1, lrs='0.01,0.001', epochs=1, seeds=1, out=str(tmp_path))
+    df = signal(n=64, depth=4, width=.1, lrs='0.01,0.001', epochs=1, seeds=1, draws=2, out=str(tmp_path))
     trained = pd.read_csv(tmp_path/'signal_training.csv')
-    assert len(trained) == 2*5*2 and df.start.nunique() == 5
+    assert len(trained) == 2*5*2 and df.start.nunique() == 5 and df.seed.max() == 2
     assert df.groupby('network', sort=False).layer.max().tolist() == [19, 4]
     assert 'gradient over weight' in capsys.readouterr().out and (tmp_path/'signal.png').exists()

@@ -85,7 +85,8 @@ def _report(df: pd.DataFrame, out: str) -> None:
     most = df.groupby(['network', 'optimizer', 'start']).lr.nunique().max()
     say(f'Score at the best of {most} learning rates, %: accuracy, or for the MLP the variance explained', scores(df))
     say(f"Learning rates at which the loss gets below {TRAINS:g} of a constant answer's, with every seed", rates(df))
-    say("Steps until the training loss is half of a constant answer's, at the rate that gets there first", steps(df))
+    say("Steps until the training loss is 0.75 of a constant answer's, at the rate that gets there first",
+        steps(df, .75))
     versus = compared(df, BUILT)
     say(f'Networks on which a start is ahead of {BUILT!r}, level with it, or behind',
         counts(versus))

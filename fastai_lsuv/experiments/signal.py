@@ -1,5 +1,6 @@
 "Why some starts fail although each layer has std 1: what is left of the samples, and the gradient, by layer."
 from itertools import product
+from typing import Callable
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,7 +14,7 @@ from .. import layer_stats, lsuv_init
 from .networks import deep_relu, fitnet4
 from .options import ImageOptions
 from .starts import fill
-from .study import Runs, numbers, percent, positive, save, say, seeded, table, words
+from .study import Runs, band, numbers, percent, positive, save, say, seeded, table, words
 
 STARTS = {  # Options of `lsuv_init`, and the std of the last layer; of the orthonormal start none
     'orthonormal': None,
@@ -35,6 +36,7 @@ def signal(
     bs: int = 64,  # Batch size
     epochs: int = 10,  # Epochs to train each arm
     seeds: int = 2,  # Runs of each arm, from seeds 1, 2, ...
+    draws: int = 6,  # Networks whose start is looked at, from seeds 1, 2, ...
     **kwargs
 ) -> pd.DataFrame:  # A row a network, a start, a seed and a layer
     """FitNet-4 with maxout, and a deep plain ReLU network, from several starts: how they begin, and what they learn.
@@ -42,7 +44,7 @@ def signal(
     By layer: the share of the output's variance that lies between samples, the std of the gradient at the output, and
     the norm of the weight's gradient relative to the weight's."""
     options = ImageOptions(size=size, bs=bs, **kwargs)
-    positive(depth=depth, width=width, epochs=epochs, seeds=seeds)
+    positive(depth=depth, width=width, epochs=epochs, seeds=seeds, draws=draws)
     rates,images = numbers('lrs', lrs), options.images()
     pixels = images.train[0][0].numel()
     build = {
@@ -50,15 +52,15 @@ def signal(
         'ReLU': lambda: deep_relu(depth, pixels, images.classes),
     }
     x,y = (t[:256] for t in images.train)
-    jobs = list(product(range(1, seeds + 1), words('networks', networks, build), STARTS, rates))
-    runs,rows = Runs(images, bs, len(jobs), epochs),[]
+    build = {name: build[name] for name in words('networks', networks, build)}
+    layers = starts(build, draws, x, y)
+    jobs = list(product(range(1, seeds + 1), build, STARTS, rates))
+    runs = Runs(images, bs, len(jobs), epochs)
     for seed, network, start, lr in jobs:
         seeded(seed)
         model = begun(build[network](), STARTS[start], x)
-        arm = dict(network=network, start=start)
-        if lr == rates[0]: rows += [{**arm, 'seed': seed, **row} for row in by_layer(model, x, y)]
-        runs.fit(arm | dict(lr=lr), seed, model, lr, [], mom=options.mom)
-    layers,df = pd.DataFrame(rows),runs.df()
+        runs.fit(dict(network=network, start=start, lr=lr), seed, model, lr, [], mom=options.mom)
+    df = runs.df()
     final = df[df.epoch == epochs]
 
     say(f'Data: {images.name}, {size} pixels a side')
@@ -70,16 +72,31 @@ def signal(
     return layers
 
 
+def starts(
+    build: dict[str, Callable[[], nn.Module]],  # By network
+    draws: int,
+    x: Tensor, y: Tensor  # The mini-batch
+) -> pd.DataFrame:  # A row a network, a start, a draw and a layer
+    "How each network is at its start."
+    rows = []
+    for name, start, seed in product(build, STARTS, range(1, draws + 1)):
+        seeded(seed)
+        model = begun(build[name](), STARTS[start], x)
+        rows += [dict(network=name, start=start, seed=seed, **row) for row in by_layer(model, x, y)]
+    return pd.DataFrame(rows)
+
+
 def summary(
     of: pd.DataFrame  # The layers of one network
 ) -> pd.DataFrame:  # A row a start
     "What tells the starts apart."
     by = of.groupby('start', sort=False)
     first,last = (of[of.layer == n].groupby('start', sort=False) for n in (1, of.layer.max()))
+    least,most = (100*share for share in (last.between.min(), last.between.max()))
     return pd.DataFrame({
-        'variance between samples in the last layer, %': last.between.mean().mul(100).round(1),
+        'variance between samples, last layer, %': [f'{a:.1f} to {b:.1f}' for a, b in zip(least, most)],
         'gradient std, first over last': (first.grad_std.mean()/last.grad_std.mean()).map('{:.2g}'.format),
-        'gradient over weight, median': by.weight_grad.median().map('{:.2g}'.format)})
+        'gradient over weight, median': by.weight_grad.median().map('{:.2g}'.format)}, index=least.index)
 
 
 def begun(
@@ -135,9 +152,8 @@ def _picture(layers: pd.DataFrame) -> plt.Figure:
         for ax, (column, title) in zip(row, what.items()):
             for i, start in enumerate(STARTS):
                 of = layers[(layers.network == name) & (layers.start == start)]
-                by = of.groupby('layer')[column].mean()
-                ax.plot(by.index, by, color='black' if i == 0 else f'C{i - 1}', label=start)
-            ax.set(yscale='log', title=f'{name}: {title}' if ax is row[0] else title, xlabel='layer')
+                band(ax, of.groupby('layer')[column], color='black' if i == 0 else f'C{i - 1}', label=start, ms=0)
+            ax.set(yscale='log', title=title, xlabel='layer', ylabel=name if ax is row[0] else '')
             ax.grid(alpha=.3)
     fig.legend(*axs[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=len(STARTS), frameon=False)
     return fig

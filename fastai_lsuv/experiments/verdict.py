@@ -106,9 +106,10 @@ def picture(
         for k, start in enumerate(starts):
             by = of[of.start == start].groupby('network').score
             at = np.array([names.index(n) for n in by.groups]) + .14*(k - (len(starts) - 1)/2)
-            color = 'black' if k == 0 else f'C{k - 1}'
+            order = start.split(',')[0]  # a start that keeps the weights has the colour of its order, and is hollow
+            color = ['black', 'C0', 'C1', 'C2', 'C3'][list(dict.fromkeys(s.split(',')[0] for s in starts)).index(order)]
             ax.hlines(at, 100*by.min(), 100*by.max(), color=color, lw=1.5, alpha=.5)
-            ax.plot(100*by.mean(), at, 'o', ms=5, color=color, label=start)
+            ax.plot(100*by.mean(), at, 'o', ms=5, color=color, mfc=color if start == order else 'white', label=start)
         ax.grid(alpha=.3)
         ax.set(xlabel='%')
     axs[0].set_yticks(range(len(names)), names)
