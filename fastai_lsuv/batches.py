@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .feed import join
 from .generators import Generators
-from .sharded import is_engine_hook
+from .sharded import is_engine_hook, shares_batches
 from .state import Copies, Snapshot, memory
 
 __all__ = ['no_trace', 'model_inputs', 'training_loss']
@@ -171,7 +171,8 @@ def _stream(learn: Learner) -> Iterator[Any]:
     "What the training DataLoader yields, epoch after epoch, loaded in this process: starting workers costs more."
     dl,alone = learn.dls.train,nullcontext()
     rank,ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    if hasattr(dl, 'world_size'): rank,ranks = 0,1  # a DistributedDL gives this rank its own
+    # A `DistributedDL` gives this rank its own.
+    if hasattr(dl, 'world_size') or shares_batches(learn.model): rank,ranks = 0,1
     if not isinstance(dl, DataLoader) and isinstance(dl, torch.utils.data.DataLoader):
         dl = copy(dl)
         vars(dl).update(num_workers=0, timeout=0, prefetch_factor=None, persistent_workers=False, _iterator=None)

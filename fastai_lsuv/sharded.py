@@ -24,7 +24,7 @@ from .ranks import any_rank, gathered, meet, several_ranks
 
 __all__ = ['is_sharded', 'local', 'slices_of', 'part_of', 'whole', 'any_nonzero', 'Portion', 'portion', 'reduced',
            'class_of', 'is_engine_hook', 'engine_hooks', 'reshard', 'gathered_for', 'forwards', 'Shards', 'from_rank_0',
-           'drawn_alike', 'digest', 'refuse']
+           'drawn_alike', 'shares_batches', 'digest', 'refuse']
 
 
 def _loaded(module: str, name: str) -> Any:
@@ -290,6 +290,12 @@ def drawn_alike(device: torch.device, apart: int = 0) -> Iterator[None]:
 
 
 # ---- Mini-batches
+
+def shares_batches(model: nn.Module) -> bool:
+    "Whether ranks may be parts of one forward, as under tensor parallelism, and so are to draw the same mini-batches."
+    alone = not _managed(model)
+    return any(is_sharded(p) and (alone or p.device_mesh.ndim > 1) for p in model.parameters())
+
 
 def digest(batch: Any) -> float:
     "A number that tells mini-batches apart; 0 with one process. Ranks that hold the same one hold the same samples."

@@ -169,7 +169,7 @@ def test_workflows_parse():
 # --- notebooks
 
 def test_all_pages_are_there():
-    names = {'index', 'quickstart', 'orders', 'recipes', 'recorder', 'how_it_works', 'compared'}
+    names = {'index', 'quickstart', 'orders', 'recipes', 'distributed', 'recorder', 'how_it_works', 'compared'}
     names |= {'init', 'callback', 'report'}
     assert names <= {p.stem for p in NOTEBOOKS}
 
