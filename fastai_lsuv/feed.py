@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -105,8 +106,8 @@ class Feed:
         if isinstance(b, list): b = tuple(b)
         elif isinstance(b, Mapping): b = dict(b)
         if not isinstance(b, (Tensor, tuple, Mapping)):
-            raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes {_INPUTS} (see "
-                            "`get_input`)")
+            todo = "`torch.from_numpy` makes a tensor of it" if isinstance(b, np.ndarray) else "see `get_input`"
+            raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes {_INPUTS} ({todo})")
         sized = [t for t in tree_leaves(b) if isinstance(t, Tensor) and t.dim()]
         if sized and not any(t.numel() for t in sized):
             raise ValueError(f"batches: mini-batch {self.count} holds no samples; it takes at least one")
@@ -132,9 +133,11 @@ class Feed:
         try: takes.bind(*args, **kwargs)
         except TypeError as e:
             held = f"the inputs {', '.join(map(repr, b))}" if kwargs else f"{len(args)} input{'s'*(len(args) != 1)}"
+            if kwargs: todo = "name them as `forward` does, or pass `get_input`"
+            elif self.n_inp is not None: todo = f"`n_inp` is {self.n_inp}; pass another, or `get_input`"
+            else: todo = "pass `n_inp`, the number of inputs before the targets, or `get_input`"
             raise TypeError(f"batches: mini-batch {self.count} holds {held}, but {type(self.model).__name__}.forward "
-                            f"takes {takes} ({e}); pass `n_inp`, the number of inputs before the targets, or "
-                            "`get_input`") from None
+                            f"takes {takes} ({e}); {todo}") from None
 
     def _inputs(self, b: Any) -> Any:
         "The model's inputs among what an iterable yields."

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .coverage import Coverage, weights_of
@@ -224,8 +224,10 @@ def _but(loose: list[Held], units: list[Unit]) -> list[Held]:
 @contextmanager
 def _as_on_rank_0(model: nn.Module) -> Iterator[None]:
     "Begin on every rank with the weights of rank 0, or with slices of the same; put them back if anything is raised."
-    changed = in_step(lambda: from_rank_0(p for p in model.parameters() if not is_lazy(p)))
-    try: yield
+    changed: list[tuple[Tensor, Tensor]] = []
+    try:
+        in_step(lambda: from_rank_0((p for p in model.parameters() if not is_lazy(p)), changed))
+        yield
     except BaseException as e:
         put_back([TensorItem(local(t), 'a parameter', was) for t, was in changed], beside=e)
         raise

@@ -90,8 +90,8 @@ class LSUVReport:
 
     @property
     def remarks(self) -> list[str]:
-        "What else a user should look at: why the weights were put back, large gains, an unusual mini-batch."
-        return sentences.remarks(self.undone, self.large_gains, self.unusual)
+        "What else a user should look at: undone weights, large gains, an unusual mini-batch, a loss that was not taken."
+        return sentences.remarks(self.undone, self.large_gains, self.unusual, '' if self.loss else self.loss_note)
 
     @property
     def warning(self) -> str:

@@ -30,7 +30,7 @@ _OF_STATS = {
 ADVICE = {
     'no bias': "This is normal where a norm layer follows.",
     'off': "Pass larger mini-batches, or raise `max_iter`.",
-    'frozen': "To initialize it, unfreeze it, or call `learn.lsuv_init()` if it was loaded.",
+    'frozen': "Unfreeze it to initialize it. In a Learner, `learn.lsuv_init()` initializes weights that were loaded.",
     'tied': "This is normal for a decoder that shares the weight of an embedding.",
     'constant': "This is normal if the zeros are intended, as in the last layer of a residual branch.",
     'unresponsive': "Leave it out with `modules`.",

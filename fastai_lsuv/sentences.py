@@ -37,7 +37,7 @@ def done(
     without = sum(r.status == 'no bias' for r in rows)
     of_them = f' ({without} of them without a bias)' if without else ''
     told = f" Training loss {number(loss[0])} before, {number(loss[1])} after" if loss else ''
-    if loss_note: told += f" ({loss_note})" if told else f" Training loss not taken: {loss_note}"
+    if told and loss_note: told += f" ({loss_note})"
     layers = counted(len(rows), 'layer')
     return (f"LSUV: {_n_done(rows)} of {layers} at {_target(rows, order)}{of_them}{_others(rows)}. "
             f"Order {order!r}, {counted(n_passes, 'forward pass', 'forward passes')}.{told}{'.' if told else ''}")
@@ -82,7 +82,8 @@ def left_alone(rows: Sequence[Row]) -> str:
 def remarks(
     undone: str,  # As in `LSUVReport`
     large_gains: Sequence[Row],
-    unusual: str  # As in `LSUVReport`
+    unusual: str,  # As in `LSUVReport`
+    not_taken: str  # Why the loss was not taken; "" if it was, or was not asked for
 ) -> list[str]:
     "What else a user should look at, and what to do about it."
     found = []
@@ -95,4 +96,6 @@ def remarks(
                      "training.")
     if unusual:
         found.append(f"The mini-batch is unusual: {unusual}. LSUV needs one like those that the model trains on.")
+    if not_taken:
+        found.append(f"The training loss was not taken: {not_taken}. So LSUV did not compare it before and after.")
     return found

@@ -243,21 +243,22 @@ class Shards:
 
 
 @torch.no_grad()
-def from_rank_0(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:  # (tensor, what it held) where it changed
+def from_rank_0(
+    tensors: Iterable[Tensor],
+    changed: list[tuple[Tensor, Tensor]] | None = None  # Gets (tensor, what it held) before the tensor changes
+) -> None:
     """Give each tensor the contents that it has on rank 0.
 
     A slice gets those of the first rank that holds the same slice."""
-    changed: list[tuple[Tensor, Tensor]] = []
-    if not several_ranks(): return changed
+    if not several_ranks(): return
     meet('a broadcast')
     for t in tensors:
         mine = local(t).data
         sent = mine.clone(memory_format=torch.contiguous_format)
         for source, group in _replicas(t): torch.distributed.broadcast(sent, source, group=group)
         if torch.equal(sent, mine): continue
-        changed.append((t, mine.clone()))
+        if changed is not None: changed.append((t, mine.clone()))
         mine.copy_(sent)
-    return changed
 
 
 def _replicas(t: Tensor) -> list[tuple[int, Any]]:

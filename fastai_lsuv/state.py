@@ -133,7 +133,6 @@ class _Parameters:
         self.large = [_Large(p, self.names[i]) for i, p in by_id.items() if i in large and not p.is_inference()]
         self.grads = [_Grad(p, f'{self.names[i]}.grad') for i, p in by_id.items() if p.is_leaf]
 
-
     def own(self, params: list[nn.Parameter]) -> None:
         "Own further parameters. None has changed since it was first seen."
         new = {id(p): p for p in params if id(p) not in {id(i.of) for i in self.owned}}
@@ -161,6 +160,9 @@ class Preserved:
         self.params = _Parameters(named, owned)
         self.rest = Snapshot([m for _, m in named], self.params.memory, names=[n for n, _ in named]).items
         self.values = _values(self.held)
+
+    def clear_grads(self) -> None:
+        "Take the gradients away, to which a model may add by a `backward` of its own."
         for g in self.params.grads: g.of.grad = None
 
     def own(self, params: list[nn.Parameter]) -> None:
@@ -203,6 +205,7 @@ def preserved(
     it is written, a warning names it. Writes through `.data` to such a parameter go unnoticed."""
     kept = Preserved(model, owned, held, computed)
     try:
+        kept.clear_grads()
         yield kept
         kept.finish(changed)
     except BaseException as e:

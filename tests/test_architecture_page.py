@@ -14,7 +14,8 @@ import fastai_lsuv
 from fastai_lsuv import lsuv_init, weights
 
 PAGE = (Path(__file__).parent.parent/'ARCHITECTURE.md').read_text()
-OTHERS = {'torch.distributed', 'transformers.pytorch_utils.Conv1D', 'weight', 'bias', 'modules', 'batches', 'Learner'}
+OTHERS = {'torch.distributed', 'transformers.pytorch_utils.Conv1D', 'weight', 'bias', 'modules', 'batches',
+          'Learner', 'tol', 'batch_tol', 'max_iter'}
 
 
 def rooms_on_the_page():

@@ -46,7 +46,9 @@ def said_by(f):
         try: out = f()
         except Exception as e:
             text = str(e.args[0]) if isinstance(e, KeyError) else str(e)
-            lines += [f'{type(e).__name__}: {text}', *getattr(e, '__notes__', [])]
+            notes = getattr(e, '__notes__', [])
+            if notes and type(e) is RuntimeError: text = "(torch's own words)"  # they differ between its versions
+            lines += [f'{type(e).__name__}: {text}', *notes]
         else: lines += [out] if isinstance(out, str) else out if isinstance(out, list) else []
     ours = [w for w in caught if any(word in str(w.message) for word in OURS)]
     return [*(f'{w.category.__name__}: {w.message}' for w in ours), *lines]
@@ -100,6 +102,9 @@ refused('the batches are empty', lambda: (net(), []))
 refused('a mini-batch is text', lambda: (net(), ['text']))
 refused('a mini-batch holds NaNs', lambda: (net(), x*float('nan')))
 refused('a mini-batch holds its target', lambda: (net(), (x, y)))
+refused('a mini-batch holds its target, and n_inp is too many', lambda: (net(), (x, y)), n_inp=2)
+refused('a mini-batch names its inputs otherwise', lambda: (net(), {'x': x, 'y': y}))
+refused('a mini-batch is of numpy', lambda: (net(), [x.numpy()]))
 refused('a mini-batch with its target, as a list', lambda: (net(), [x, y]))
 refused('two tensors as a list', lambda: (net(), [x, x + 1]))
 refused('a mini-batch without samples', lambda: (net(), x[:0]))

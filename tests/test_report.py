@@ -308,8 +308,8 @@ def test_a_summary_names_its_target():
     assert r.summary == ("LSUV: 2 of 2 layers at the target std. Order 'std', 2 forward passes. "
                          "Training loss 1.0000 before, 2.0000 after (a note).")
     r = LSUVReport([row(0, std_range=(0.9, 1.1))], 'std', 1, loss_note='ValueError: no')
-    assert r.summary == ("LSUV: 1 of 1 layer at std 1. Order 'std', 1 forward pass. "
-                         "Training loss not taken: ValueError: no.")
+    assert r.summary == "LSUV: 1 of 1 layer at std 1. Order 'std', 1 forward pass."
+    assert r.warning == "The training loss was not taken: ValueError: no. So LSUV did not compare it before and after."
 
 
 def test_the_table_ends_with_what_else_to_look_at():

@@ -15,7 +15,7 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv.state import RestoreError, preserved
+from fastai_lsuv.state import Preserved, RestoreError, preserved
 
 
 class Stateful(nn.Module):
@@ -542,3 +542,18 @@ def test_gradients_are_those_from_before():
     assert len(kept) == 3 and all(p.grad is was[n] for n, p in model.named_parameters())
     for n, g in kept.items():
         assert torch.equal(was[n], g)
+
+
+def test_gradients_come_back_from_an_interrupt_while_they_are_cleared(monkeypatch):
+    model = nn.Linear(2, 2)
+    model.weight.grad = grad = torch.ones(2, 2)
+    clear = Preserved.clear_grads
+
+    def interrupted(self):
+        clear(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Preserved, 'clear_grads', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with preserved(model): pass
+    assert model.weight.grad is grad
