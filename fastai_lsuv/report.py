@@ -90,7 +90,7 @@ class LSUVReport:
 
     @property
     def remarks(self) -> list[str]:
-        "What else a user should look at: undone weights, large gains, an unusual mini-batch, a loss that was not taken."
+        "What else a user should look at: undone weights, large gains, an unusual mini-batch, no loss taken."
         return sentences.remarks(self.undone, self.large_gains, self.unusual, '' if self.loss else self.loss_note)
 
     @property
