@@ -81,10 +81,11 @@ def lsuv_init(
 
     The model is measured as it trains: norm layers use the statistics of the batch, and dropout is off. Nothing but
     weights and biases is changed; modes, buffers and hidden state are put back. Frozen weights are left alone, and
-    zero-initialized ones stay zero. A layer is not corrected from samples that are alike, nor from one sample that
-    sets the std, nor where a norm layer lets next to nothing through. Its status is then "alike", "outlier" or "faint".
-    One warning names the layers that were not normalized, and those whose weights were scaled by a lot. The report
-    gives the reason for each. Under `torch.distributed` the statistics are pooled over all ranks.
+    zero-initialized ones stay zero. A layer is not corrected from samples that are alike if it needs a large factor,
+    nor from one sample that sets the std, nor where a norm layer lets next to nothing through. Its status is then
+    "alike", "outlier" or "faint". One warning names the layers that were not normalized, and those whose weights were
+    scaled by a lot. The report gives the reason for each. Under `torch.distributed` the statistics are pooled over all
+    ranks.
 
     With `loss`, the training loss is taken before and after, with dropout on. If it was finite and comes out
     non-finite, or five times that of before and of predicting zeros, the weights are put back, and the warning says so.
