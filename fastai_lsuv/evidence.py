@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .moments import Evidence, Moments, whole_moments
-from .ranks import any_rank
+from .ranks import any_rank, several_ranks
 from .status import Status
 
 __all__ = ['doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'unusual', 'ALIKE_SPREAD',
@@ -97,9 +97,10 @@ def unusual(
 ) -> str:  # Such as "its samples are alike", or ""
     "What sets a mini-batch apart from those that networks train on, in words."
     leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim() and _is_plain(t)]
-    says = ['it holds 1 sample'] if leaves and len(leaves[0]) == 1 else []
+    # Of several ranks, each holds a part of the mini-batch.
+    says = ['it holds 1 sample'] if leaves and len(leaves[0]) == 1 and not several_ranks() else []
     if samples_alike(batch, _UNUSUAL_INPUTS): says.append("its samples are alike")
-    x = next((t for t in leaves if t.is_floating_point() and t.dim() > 1), None)
+    x = next((t for t in leaves if t.is_floating_point() and t.dim() > 1 and t.numel() > 1), None)
     if x is not None:
         m = whole_moments(x)
         std = float(m.stats()[1])

@@ -165,6 +165,7 @@ def spoiled(x, at, value):
     ((torch.randint(9, (16, 10)), 1e4*torch.rand(16)), ''),
     (torch.randn(1, 3, 8, 8), "it holds 1 sample"),
     (torch.randint(9, (1, 10)), "it holds 1 sample"),
+    (torch.ones(1, 1), "it holds 1 sample"),  # one number has no std
     (torch.randn(1, 10).repeat(16, 1), "its samples are alike"),
     (torch.linspace(-2, 2, 10) + 0.2*torch.randn(16, 10), "its samples are alike"),
     (torch.linspace(-2, 2, 10) + 0.6*torch.randn(16, 10), ''),
@@ -180,3 +181,8 @@ def spoiled(x, at, value):
 ])
 def test_what_sets_a_mini_batch_apart(batch, says):
     assert re.fullmatch(says, unusual(batch))
+
+
+def test_a_part_of_a_mini_batch_may_hold_one_sample(monkeypatch):
+    monkeypatch.setattr('fastai_lsuv.evidence.several_ranks', lambda: True)
+    assert unusual(torch.randn(1, 3, 8, 8)) == ''

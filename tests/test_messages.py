@@ -47,7 +47,8 @@ def said_by(f):
         except Exception as e:
             text = str(e.args[0]) if isinstance(e, KeyError) else str(e)
             notes = getattr(e, '__notes__', [])
-            if notes and type(e) is RuntimeError: text = "(torch's own words)"  # they differ between its versions
+            if any(n.startswith('The error was raised in') for n in notes) and type(e) is RuntimeError:
+                text = "(torch's own words)"  # they differ between its versions
             lines += [f'{type(e).__name__}: {text}', *notes]
         else: lines += [out] if isinstance(out, str) else out if isinstance(out, list) else []
     ours = [w for w in caught if any(word in str(w.message) for word in OURS)]
