@@ -10,7 +10,7 @@ from torch import nn
 
 from fastai_lsuv.experiments.__main__ import EXPERIMENTS, main
 from fastai_lsuv.experiments.activations import activations, cell
-from fastai_lsuv.experiments.batchnorm import ARMS, batchnorm, step_cost
+from fastai_lsuv.experiments.batchnorm import batchnorm, step_cost
 from fastai_lsuv.experiments.batchsize import batchsize, summary
 from fastai_lsuv.experiments.checkpoints import Checkpoint
 from fastai_lsuv.experiments.data import InputError
@@ -270,14 +270,12 @@ def without_time(df): return df.drop(columns='seconds').reset_index(drop=True)
 
 @pytest.mark.parametrize('arm', ['LSUV', 'batch norm'])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(arm, tmp_path, monkeypatch):
-    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.ARMS', {arm: ARMS[arm]})
-    options = dict(seeds=1, rounds=1, bs=16, drops='1,2', out='', **TINY)
+    options = dict(seeds=1, arms=arm, rounds=1, bs=16, drops='1,2', out='', **TINY)
     whole = batchnorm(epochs=3, **options)
     monkeypatch.setattr(Checkpoint, 'after_epoch', stopping(after=2))
     with pytest.raises(KeyboardInterrupt):
         batchnorm(epochs=3, checkpoints=str(tmp_path), **options)
     monkeypatch.undo()
-    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.ARMS', {arm: ARMS[arm]})
     [path] = tmp_path.glob('*.pt')
     assert torch.load(path, weights_only=False)['epochs'] == 2
     again = batchnorm(epochs=3, checkpoints=str(tmp_path), **options)
@@ -300,11 +298,10 @@ def stopping(after):
 
 
 def test_the_learning_rate_drops(monkeypatch):
-    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.ARMS', {'neither': (False, False)})
     seen = []
     def after_train(self): seen.append(self.opt.hypers[0]['lr'])
     monkeypatch.setattr('fastai_lsuv.experiments.study._Epochs.after_train', after_train)
-    batchnorm(epochs=4, seeds=1, rounds=1, bs=32, lr=.5, drops='1,3', out='', **TINY)
+    batchnorm(epochs=4, seeds=1, arms='neither', rounds=1, bs=32, lr=.5, drops='1,3', out='', **TINY)
     assert seen == pytest.approx([.5, .05, .05, .005])
 
 
@@ -317,4 +314,6 @@ def test_the_papers_scale(monkeypatch):
     monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.Runs', runs)
     with pytest.raises(Stop): batchnorm(scale='paper', n=32)
     assert got == dict(bs=128, epochs=230, drops=[100, 150, 200], pixels=32)
+    with pytest.raises(Stop): batchnorm(scale='paper', n=32, epochs=3)  # the beginning of the same schedule
+    assert got == dict(bs=128, epochs=3, drops=[100, 150, 200], pixels=32)
     with pytest.raises(InputError, match="--scale: got 'big'; it takes any of small, paper"): batchnorm(scale='big')

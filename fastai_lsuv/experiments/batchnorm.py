@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from .networks import ACTIVATIONS
 from .options import FitNetOptions
 from .starts import STARTS
-from .study import Runs, curves, numbers, percent, pm, positive, save, say, seeded, table, word
+from .study import Runs, curves, numbers, percent, pm, positive, save, say, seeded, table, word, words
 
 ARMS = {'LSUV': (True, False), 'batch norm': (False, True), 'neither': (False, False)}  # With LSUV? With batch norm?
-# What `--scale paper` sets
-PAPER = dict(size=32, width=1., bs=128, epochs=230, drops='100,150,200')
+EPOCHS = dict(small=10, paper=230)  # By scale
+PAPER,PAPER_DROPS = dict(size=32, width=1., bs=128),'100,150,200'  # What `--scale paper` sets
 SHOWN = {1, 2, 5, 10, 20, 50, 100}  # Epochs in the printed table, beside the last
 WITH,WITHOUT = 'with batch norm', 'without batch norm'
 
@@ -28,9 +28,10 @@ def batchnorm(
     act: str = 'ReLU',  # Activation
     init: str = 'Xavier',  # Standard start of the two other arms: Xavier, MSRA, orthonormal or PyTorch
     rounds: int = 30,  # Steps of each arm to time, in turns
-    epochs: int = 10,  # Epochs to train each arm
+    epochs: int = 0,  # Epochs to train each arm; 0: those of the scale, 10 or 230
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
-    scale: str = 'small',  # 'small' leaves the options as they are; 'paper' sets its size, width, bs, epochs and drops
+    arms: str = ','.join(ARMS),  # Arms to train
+    scale: str = 'small',  # 'small' leaves the options as they are; 'paper' sets its size, width, bs and drops
     drops: str = '',  # Epochs after which the learning rate falls to a tenth, separated by commas
     checkpoints: str = '',  # Folder of checkpoints, one an arm and seed: a second start goes on from them; '': none
     **kwargs
@@ -38,19 +39,22 @@ def batchnorm(
     """FitNet-4 with LSUV, with batch norm, and with neither: accuracy by epoch and wall time, and the cost of a step.
 
     The arms without LSUV begin from a standard start. The paper's run, which can be stopped and started again:
-    --scale paper --data cifar --checkpoints FOLDER."""
-    if word('scale', scale, ('small', 'paper')) == 'paper':
-        kwargs |= {k: v for k, v in PAPER.items() if k in ('size', 'width', 'bs')}
-        epochs,drops = PAPER['epochs'],PAPER['drops']
+    --scale paper --data cifar --checkpoints FOLDER. With --epochs it stops early on the same schedule."""
+    scale = word('scale', scale, EPOCHS)
+    if scale == 'paper':
+        kwargs |= PAPER
+        drops = PAPER_DROPS
     options = FitNetOptions(**kwargs)
+    epochs = epochs or EPOCHS[scale]
     positive(epochs=epochs, seeds=seeds, rounds=rounds)
+    chosen = {arm: ARMS[arm] for arm in words('arms', arms, ARMS)}
     falls = numbers('drops', drops, int) if drops else []
     act = word('act', act, ACTIVATIONS)
     init = word('init', init, [s for s in STARTS if s != 'LSUV'])
     images = options.images()
-    runs = Runs(images, options.bs, len(ARMS)*seeds, epochs, falls, checkpoints)
+    runs = Runs(images, options.bs, len(chosen)*seeds, epochs, falls, checkpoints)
     for seed in range(1, seeds + 1):
-        for arm, (lsuv, norm) in ARMS.items():
+        for arm, (lsuv, norm) in chosen.items():
             seeded(seed)
             model = options.network(images, act, norm=norm)
             options.train(runs, dict(arm=arm), seed, model, 'LSUV' if lsuv else init)
@@ -60,7 +64,8 @@ def batchnorm(
     steps = step_cost(models, x[:options.bs], y[:options.bs], rounds)
 
     say(f'Data: {images.name}, {options.size} pixels a side\n'
-        f'FitNet-4 of width {options.width:g} and depth {options.depth:g}, {act}; the two other arms start from {init}')
+        f'FitNet-4 of width {options.width:g} and depth {options.depth:g}, {act}; '
+        f'arms without LSUV start from {init}')
     shown = df[df.epoch.isin({*SHOWN, epochs})]
     say('Accuracy after each epoch, %', table(shown, 'arm', 'epoch', 'accuracy', percent))
     total = df[df.epoch == epochs].groupby('arm', sort=False).seconds
@@ -107,7 +112,7 @@ def _picture(df: pd.DataFrame, took: pd.Series) -> plt.Figure:
     fig,axs = plt.subplots(1, 3, figsize=(13, 4), layout='constrained', width_ratios=[1, 1, .55])
     for ax, x, title in zip(axs, ('epoch', 'seconds'), ('epoch', 'wall time')):
         for arm, color in zip(ARMS, ('C0', 'C1', 'black')):
-            curves(ax, df[df.arm == arm], x, label=arm, color=color)
+            if (df.arm == arm).any(): curves(ax, df[df.arm == arm], x, label=arm, color=color)
         ax.set(title=f'accuracy by {title}', xlabel=x, ylim=(0, None))
     axs[0].xaxis.get_major_locator().set_params(integer=True)
     axs[0].legend(loc='lower right')
