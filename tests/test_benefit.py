@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 from fastai_lsuv.experiments import benefit as study
 from fastai_lsuv.experiments import tasks
@@ -14,7 +15,7 @@ from fastai_lsuv.experiments.data import InputError, get_images
 from fastai_lsuv.experiments.ledger import Ledger
 from fastai_lsuv.experiments.signal import begun, between_samples, by_layer, signal, summary
 from fastai_lsuv.experiments.verdict import at_best_rate, behind, compared, counts, picture, rates, scores, steps
-from fastai_lsuv.experiments.zoo import GPT, ZOO
+from fastai_lsuv.experiments.zoo import GPT, ZOO, _resnet
 
 pytestmark = pytest.mark.usefixtures('axes')
 RATES = {'Adam': [.001, .01], 'SGD': [.1]}
@@ -222,6 +223,44 @@ def test_each_network_trains_a_step(name, images):
     loss.backward()
     assert loss.item() < 3*task.constant + 1 and 0 <= task.score(out, yb) <= 1 or entry.task == 'diabetes'
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def weights_by_shape(model):
+    "Std of a weight by its shape, and whether there is no bias."
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    return {(m.weight.shape, m.bias is None): m.weight.std().item() for m in layers}
+
+
+def test_the_resnet_is_torchvisions(images):
+    torch.manual_seed(0)
+    model,other = _resnet(tasks.classify(images), width=64),resnet18(num_classes=10)
+    ours,theirs = list(model.parameters()),list(other.parameters())
+    ours[0],theirs[0] = ours[0].flatten()[:0],theirs[0].flatten()[:0]  # the stems differ
+    assert sorted(p.shape for p in ours) == sorted(p.shape for p in theirs)
+    a,b = weights_by_shape(model),weights_by_shape(other)
+    both = set(a) & set(b)
+    assert len(both) == 11 and [a[k] for k in both] == pytest.approx([b[k] for k in both], rel=.03)
+    x = images.train[0][:4]
+    assert model(x).shape == (4, 10) and not torch.equal(model(x), model(x.flip(0)))
+
+
+def test_a_unet_with_batch_norm_has_no_bias_before_it(images):
+    task = tasks.segment(images)
+    plain,norm = (list(ZOO[name].build(task).modules()) for name in ('U-Net', 'U-Net batch norm'))
+    convs = [m for m in norm if type(m) is nn.Conv2d]
+    assert [m.bias is None for m in convs] == [True]*10 + [False]  # the head has one
+    kinds = [type(m) for m in norm]
+    assert kinds.count(nn.BatchNorm2d) == 10
+    assert [k for k in kinds if k is not nn.BatchNorm2d] == [type(m) for m in plain]
+
+
+def test_a_unet_is_trained_for_longer():
+    job,at = dict(optimizer='Adam', start='as built', lr=.01, seed=1),SCALES['ci']
+    images = get_images(n=at.n, size=at.size)
+    def taken(name):
+        done = study.run(ZOO[name], lambda of: study._TASKS[of](lambda: images), job | dict(network=name), at)
+        return done['steps']
+    assert [taken(name) for name in ('CNN ReLU', 'U-Net', 'U-Net batch norm')] == [2, 6, 6]
 
 
 # --- why some starts fail

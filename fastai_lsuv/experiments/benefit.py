@@ -135,7 +135,7 @@ def run(
     learn = Learner(dls, model, of.loss, opt_func=opt_func, metrics=of.score, cbs=[*entry.cbs(), *lsuv])
     with learn.no_logging(), learn.no_bar(), warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # which layers LSUV leaves alone is in the table
-        learn.fit_one_cycle(at.epochs, job['lr'])
+        learn.fit_one_cycle(at.epochs*entry.longer, job['lr'])
     _,loss,score = learn.recorder.values[-1]
     steps = steps_to([float(v) for v in learn.recorder.losses], of.constant)
     rows = list(lsuv[0].report) if lsuv else []

@@ -14,6 +14,7 @@ from fastai.vision.models.xresnet import ResBlock, XResNet
 from torch import Tensor, nn
 from torchvision.models import ConvNeXt, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.resnet import BasicBlock
 
 from .networks import Maxout, Residual, fitnet4
 from .starts import fill
@@ -52,11 +53,11 @@ def NormFree(task: Task, width: int = 8) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    "A U-Net of three levels without norm."
-    def __init__(self, task: Task, width: int = 8):
+    "A U-Net of three levels."
+    def __init__(self, task: Task, width: int = 8, norm: bool = False):
         super().__init__()
-        def two(ni, nf):
-            return nn.Sequential(nn.Conv2d(ni, nf, 3, padding=1), nn.ReLU(), nn.Conv2d(nf, nf, 3, padding=1), nn.ReLU())
+        def one(ni, nf): return [nn.Conv2d(ni, nf, 3, padding=1, bias=not norm), *[nn.BatchNorm2d(nf)]*norm, nn.ReLU()]
+        def two(ni, nf): return nn.Sequential(*one(ni, nf), *one(nf, nf))
         self.pool = nn.MaxPool2d(2)
         self.down1,self.down2,self.bottom = two(task.n_in, width),two(width, 2*width),two(2*width, 4*width)
         self.up2,self.up1 = nn.ConvTranspose2d(4*width, 2*width, 2, 2),nn.ConvTranspose2d(2*width, width, 2, 2)
@@ -118,6 +119,22 @@ def _xresnet(task: Task, width: int = 16) -> nn.Module:
     return nn.Sequential(nn.Upsample(scale_factor=2), model)  # it begins by halving the image twice
 
 
+def _resnet(task: Task, width: int = 16) -> nn.Sequential:
+    "torchvision's resnet18 with fewer filters, and a stem for small images. It starts as torchvision's does."
+    def conv(ni, nf, size, stride=1):
+        return nn.Sequential(nn.Conv2d(ni, nf, size, stride, size//2, bias=False), nn.BatchNorm2d(nf))
+    blocks,ni = [],width
+    for k in range(4):
+        nf,stride = width*2**k,min(k + 1, 2)
+        down = conv(ni, nf, 1, stride) if k else None
+        blocks += [BasicBlock(ni, nf, stride, down), BasicBlock(nf, nf)]
+        ni = nf
+    body = nn.Sequential(conv(task.n_in, width, 3), nn.ReLU(), *blocks)
+    for m in body.modules():
+        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ni, task.n_out))
+
+
 def _convnext(task: Task, width: int = 24) -> nn.Module:
     stages = [CNBlockConfig(width, 2*width, 2), CNBlockConfig(2*width, None, 2)]
     model = ConvNeXt(stages, num_classes=task.n_out)
@@ -154,6 +171,7 @@ class Entry:
     sgd: bool = False  # Whether SGD trains it, too
     all_starts: bool = False  # Whether the rarer orders and options of LSUV are tried, too
     cbs: Callable[[], list] = list  # Callbacks that it needs
+    longer: int = 1  # Times the epochs of the scale; in four a U-Net has found the background, and no digit
 
 
 ZOO = {
@@ -167,9 +185,11 @@ ZOO = {
                            lambda t: fitnet4('ReLU', n_in=t.n_in, n_out=t.n_out, width=.25), True, True),
     'norm-free ResNet': Entry('residual network of 16 layers without norm', 'classify', NormFree, True, True),
     'xresnet': Entry("fastai's xresnet of 4 blocks, batch norm", 'classify', _xresnet, True, True),
+    'ResNet': Entry("torchvision's resnet18 with a quarter of its filters, batch norm", 'classify', _resnet, True),
     'ConvNeXt': Entry("torchvision's ConvNeXt of 4 blocks, layer norm", 'classify', _convnext),
     'ViT': Entry("torchvision's ViT of 4 blocks, layer norm", 'classify', _vit),
-    'U-Net': Entry('U-Net of 3 levels without norm', 'segment', UNet, False, True),
+    'U-Net': Entry('U-Net of 3 levels without norm', 'segment', UNet, False, True, longer=3),
+    'U-Net batch norm': Entry('U-Net of 3 levels, batch norm', 'segment', partial(UNet, norm=True), longer=3),
     'MLP': Entry('MLP of 6 layers, ReLU', 'diabetes', _mlp),
     'tabular': Entry("the model of fastai's tabular_learner, batch norm", 'tumours', _tabular),
     'AWD-LSTM': Entry("fastai's AWD-LSTM classifier", 'pages', _awd_lstm, cbs=rnn_cbs),
