@@ -200,7 +200,7 @@ class Discovery:
         flat = [a for o in args for a in (o if isinstance(o, (list, tuple)) else (o,))] + list(kwargs.values())
         if not any(isinstance(t, Tensor) and find(t) is not None for t in flat) or self._idle(): return []
         call = OPERATIONS[func].call(args, kwargs)
-        found = {n: v for n in call.operation.weights.split() if (v := find(call.given.get(n))) is not None}
+        found = {n: v for n in call.operation.weights.split() if (v := find(call.arguments.get(n))) is not None}
         if len(found) != 1: return []
         (name, view), = found.items()
         layout = call.layout(name)
@@ -212,7 +212,8 @@ class Discovery:
 
     def _has_input(self, call: Call, name: str) -> bool:
         "Whether anything but weights goes into the operation. A product of weights is no activation."
-        others = [t for n, t in call.given.items() if n not in (name, call.operation.bias) and isinstance(t, Tensor)]
+        given = {n: a for n, a in call.arguments.items() if n not in (name, call.operation.bias)}
+        others = [a for a in given.values() if isinstance(a, Tensor)]
         views = [self.sources.find(t) for t in others]
         return any(v is None or 0 in v.stride or len(v.size) > 2 for v in views)
 
@@ -255,7 +256,7 @@ class Discovery:
     def _grouped(self, call: Call, view: View, layout: Layout) -> list[Use]:
         "A use for each expert, whose rows lie one after the other."
         uses,start = [],0
-        for i, end in enumerate(call.given['offs'].tolist()):
+        for i, end in enumerate(call.arguments['offs'].tolist()):
             one = View(view.held, view.offset + i*view.stride[0], view.size[1:], view.stride[1:], view.copy)
             if end > start: uses += self._use(one, layout, rows=slice(start, end))
             start = end

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'Item', 'KINDS', 'ProxyItem', 'Slots', 'TensorItem',
+__all__ = ['ArrayItem', 'Attributes', 'FrozenSetItem', 'HOOKS', 'ITEMS', 'Item', 'ProxyItem', 'Slots', 'TensorItem',
            'TupleItem', 'memory', 'n_bytes', 'same_tensor']
 
 HOOKS = {k for k in vars(nn.Module()) if 'hook' in k}  # They belong to whoever registers the hooks
@@ -320,6 +320,6 @@ def memory(t: Tensor) -> int:
 
 
 # How each kind of thing is remembered; the first base class counts.
-KINDS = {Tensor: TensorItem, np.ndarray: ArrayItem, OrderedDict: OrderedDictItem, dict: DictItem, list: ListItem,
+ITEMS = {Tensor: TensorItem, np.ndarray: ArrayItem, OrderedDict: OrderedDictItem, dict: DictItem, list: ListItem,
          set: SetItem, deque: DequeItem, tuple: TupleItem, frozenset: FrozenSetItem, MappingProxyType: ProxyItem,
          **dict.fromkeys(GeneratorItem.functions, GeneratorItem)}

@@ -35,33 +35,33 @@ class Layout:
 @dataclass(frozen=True)
 class Call:
     "One call of an operation: its arguments by name."
-    given: dict[str, Any]
+    arguments: dict[str, Any]
     operation: Operation
 
     @property
-    def bias(self) -> Tensor | None: return self.given.get(self.operation.bias)
+    def bias(self) -> Tensor | None: return self.arguments.get(self.operation.bias)
 
     @property
     def plain(self) -> bool:
         "Whether the bias is added as it is."
-        return all(self.given.get(name, 1) == 1 for name in ('alpha', 'beta'))
+        return all(self.arguments.get(name, 1) == 1 for name in ('alpha', 'beta'))
 
     def layout(self, name: str) -> Layout | None:
         "How the argument of this name is laid out as a weight; `None` if the output is not linear in it."
-        return self.operation.layout(self.given, name)
+        return self.operation.layout(self.arguments, name)
 
 
 @dataclass(frozen=True)
 class Operation:
     "A function whose output is linear in one of its arguments."
-    arguments: str  # Their names, in order
+    names: str  # Of its arguments, in order
     layout: Callable[[dict[str, Any], str], Layout | None]
     weights: str  # Arguments that may be the weight
     bias: str = ''  # The argument that is added
     sure: bool = True  # Whether the weight is known by its place, and not by being a parameter
 
     def call(self, args: tuple, kwargs: dict) -> Call:
-        return Call({**dict(zip(self.arguments.split(), args)), **kwargs}, self)
+        return Call({**dict(zip(self.names.split(), args)), **kwargs}, self)
 
 
 # ---- Layouts
@@ -84,11 +84,11 @@ def _of_equation(inputs: list[str], output: str, which: int) -> Layout | None:
 def _equation(equation: str, operands: str) -> Callable[[dict[str, Any], str], Layout | None]:
     "The layout by an equation over arguments of these names."
     inputs,output = equation.replace('...', '.').split('->')
-    return lambda given, name: _of_equation(inputs.split(','), output, operands.split().index(name))
+    return lambda arguments, name: _of_equation(inputs.split(','), output, operands.split().index(name))
 
 
-def _matmul(given: dict[str, Any], name: str) -> Layout | None:
-    a,b = given['input'].dim(),given['other'].dim()
+def _matmul(arguments: dict[str, Any], name: str) -> Layout | None:
+    a,b = arguments['input'].dim(),arguments['other'].dim()
     if not a or not b: return None
     batch = ascii_uppercase[:max(a, b, 2) - 2]
     left = 'i' if a == 1 else batch[len(batch) - a + 2:] + 'ni'
@@ -97,16 +97,16 @@ def _matmul(given: dict[str, Any], name: str) -> Layout | None:
     return _of_equation([left, right], output, int(name == 'other'))
 
 
-def _einsum(given: dict[str, Any], name: str) -> Layout | None:
-    if not isinstance(given['equation'], str): return None
-    inputs,arrow,output = given['equation'].replace(' ', '').replace('...', '.').partition('->')
+def _einsum(arguments: dict[str, Any], name: str) -> Layout | None:
+    if not isinstance(arguments['equation'], str): return None
+    inputs,arrow,output = arguments['equation'].replace(' ', '').replace('...', '.').partition('->')
     labels = inputs.replace(',', '')
     if not arrow: output = '.'*('.' in labels) + ''.join(sorted(c for c in set(labels) - {'.'} if labels.count(c) == 1))
     return _of_equation(inputs.split(','), output, int(name[1:]))
 
 
-def _tensordot(given: dict[str, Any], name: str) -> Layout | None:
-    a,b,dims = given['a'],given['b'],given.get('dims', 2)
+def _tensordot(arguments: dict[str, Any], name: str) -> Layout | None:
+    a,b,dims = arguments['a'],arguments['b'],arguments.get('dims', 2)
     if isinstance(dims, Tensor): return None
     if isinstance(dims, int): dims = list(range(a.dim() - dims, a.dim())), list(range(dims))
     left,right = list(ascii_letters[:a.dim()]),list(ascii_letters[a.dim():a.dim() + b.dim()])
@@ -116,13 +116,13 @@ def _tensordot(given: dict[str, Any], name: str) -> Layout | None:
     return _of_equation([''.join(left), ''.join(right)], output, int(name == 'b'))
 
 
-def _conv(given: dict[str, Any], name: str) -> Layout:
-    d = given['weight'].dim()
-    return Layout((0,), (), tuple(range(1, d)), (0,), 1 - d, given.get('groups', 1))
+def _conv(arguments: dict[str, Any], name: str) -> Layout:
+    d = arguments['weight'].dim()
+    return Layout((0,), (), tuple(range(1, d)), (0,), 1 - d, arguments.get('groups', 1))
 
 
-def _conv_transpose(given: dict[str, Any], name: str) -> Layout:
-    d,groups = given['weight'].dim(),given.get('groups', 1)
+def _conv_transpose(arguments: dict[str, Any], name: str) -> Layout:
+    d,groups = arguments['weight'].dim(),arguments.get('groups', 1)
     if groups == 1: return Layout((1,), (), (0, *range(2, d)), (1,), 1 - d)
     return Layout((2,), (0,), (1, *range(3, d + 1)), (0, 2), 1 - d, split=groups)
 

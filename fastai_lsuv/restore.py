@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .items import (HOOKS, KINDS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem,
+from .items import (HOOKS, ITEMS, ArrayItem, Attributes, FrozenSetItem, Item, ProxyItem, Slots, TensorItem, TupleItem,
                     memory, n_bytes)
 
 __all__ = ['RestoreError', 'put_back', 'survey']
@@ -227,7 +227,7 @@ class _Kinds(dict):
 def _kinds(t: type) -> tuple[type[Item], ...]:
     "How things of type `t` are remembered; not at all if they are code, modules, or nothing that changes."
     if issubclass(t, (nn.Module, type)): return ()
-    kinds = [k for base, k in KINDS.items() if issubclass(t, base)][:1]
+    kinds = [k for base, k in ITEMS.items() if issubclass(t, base)][:1]
     if issubclass(t, Tensor) or not issubclass(t, np.ndarray) and _is_opaque(t): return tuple(kinds)
     if t.__dictoffset__: kinds.append(Attributes)
     if any(vars(c).get('__slots__') for c in t.__mro__): kinds.append(Slots)

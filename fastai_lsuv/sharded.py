@@ -90,10 +90,10 @@ def portion(
     x: Tensor,
     channel_dim: int,  # Dimension of `x` that holds the channels
     weight: Tensor | None = None,  # That made it; tells which channels a plain tensor holds
-    transposed: bool = False  # Whether dimension 1 of the weight holds the output channels
+    out_dim: int = 0  # Dimension of the weight that holds the output channels
 ) -> Portion:
     "What this rank holds of the output `x`."
-    if not is_sharded(x): return Portion(x, _first_channel(x, channel_dim, weight, transposed))
+    if not is_sharded(x): return Portion(x, _first_channel(x, channel_dim, weight, out_dim))
     terms = 1
     for n, p in zip(x.device_mesh.shape, x.placements):
         if p.is_partial(): terms *= n
@@ -101,11 +101,11 @@ def portion(
     return Portion(local(x), slices_of(x)[channel_dim].start if x.dim() else 0)
 
 
-def _first_channel(x: Tensor, channel_dim: int, weight: Tensor | None, transposed: bool) -> int:
-    if weight is None or not is_sharded(weight) or weight.dim() <= transposed or not x.dim(): return 0
-    s = slices_of(weight)[int(transposed)]
+def _first_channel(x: Tensor, channel_dim: int, weight: Tensor | None, out_dim: int) -> int:
+    if weight is None or not is_sharded(weight) or weight.dim() <= out_dim or not x.dim(): return 0
+    s = slices_of(weight)[out_dim]
     here = x.shape[channel_dim]
-    return s.start if here != weight.shape[int(transposed)] and here == s.stop - s.start else 0
+    return s.start if here != weight.shape[out_dim] and here == s.stop - s.start else 0
 
 
 @torch.no_grad()
@@ -280,14 +280,14 @@ def drawn_alike(device: torch.device, apart: int = 0) -> Iterator[None]:
     cuda = device.type == 'cuda'
     get = partial(torch.cuda.get_rng_state, device) if cuda else torch.get_rng_state
     put = partial(torch.cuda.set_rng_state, device=device) if cuda else torch.set_rng_state
-    own = get()
+    mine = get()
     meet('a draw of random numbers')
-    first = torch.from_numpy(gathered(own.numpy())[0].copy())
+    first = torch.from_numpy(gathered(mine.numpy())[0].copy())
     put(first)
     if apart: torch.manual_seed(crc32(first.numpy().tobytes()) + apart)
     try: yield
     finally:
-        if not torch.equal(own, first): put(own)
+        if not torch.equal(mine, first): put(mine)
 
 
 # ---- Mini-batches

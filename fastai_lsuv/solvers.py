@@ -49,7 +49,7 @@ def measure(
 def part_held(u: Unit, x: Tensor) -> Portion:
     "What this rank holds of the output `x` of `u`."
     weight = next((w for w in u.weights if w.name == 'weight'), None)
-    return portion(x, u.channel_dim, weight and weight.tensor, bool(weight and weight.transposed_groups))
+    return portion(x, u.channel_dim, weight and weight.tensor, weight.out_dim if weight else 0)
 
 
 def biases(u: Unit) -> np.ndarray:

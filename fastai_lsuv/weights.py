@@ -70,9 +70,10 @@ class WeightRef:
     def __init__(self,
         owner: nn.Module,  # Module that has the attribute
         name: str,  # Attribute: "weight", "weight_g", "bias", ...
-        transposed_groups: int = 0  # Groups of a layer with output channels in dimension 1; 0 for dimension 0
+        out_dim: int = 0,  # Dimension of a weight that holds the output channels, 0 or 1
+        groups: int = 1  # Groups of a transposed conv: dimension 1 holds the output channels of one of them
     ):
-        self.owner,self.name,self.transposed_groups = owner,name,transposed_groups
+        self.owner,self.name,self.out_dim,self.groups = owner,name,out_dim,groups
         is_tensor = name in owner._parameters or name in owner._buffers
         has_property = getattr(getattr(type(owner), name, None), 'fset', None) is not None
         self.has_setter = not is_tensor and (has_property or name in vars(owner))
@@ -141,8 +142,8 @@ class WeightRef:
         "One number, or one a channel, in a shape that broadcasts with the value."
         if by.size == 1: return by.item()
         v,x,c = self.tensor,torch.from_numpy(by),len(by)
-        if v is not None and self.transposed_groups and v.dim() > 1:  # (in, out/groups, ...)
-            x = x.view(self.transposed_groups, -1).repeat_interleave(v.shape[0]//self.transposed_groups, dim=0)
+        if v is not None and self.out_dim == 1 and v.dim() > 1:  # (in, out/groups, ...)
+            x = x.view(self.groups, -1).repeat_interleave(v.shape[0]//self.groups, dim=0)
         if v is None or v.shape[:x.dim()] != x.shape:
             raise ValueError(f"per_channel: {type(self.owner).__name__}.{self.name} does not hold a value for each of "
                              f"{c} channels; pass per_channel=False, or leave the module out with `modules`")
@@ -159,7 +160,7 @@ def _for(t: Tensor, to: Tensor | float) -> Tensor | float:
 _MADE_OF = ('weight', 'bias', 'weight_g', 'weight_v', 'weight_orig')
 
 
-def _own(module: nn.Module, name: str) -> list[WeightRef]:
+def _refs(module: nn.Module, name: str) -> list[WeightRef]:
     "The weight or bias that `module` itself has by this name, if any."
     v = getattr(module, name, None)
     if isinstance(v, Tensor): return [WeightRef(module, name)]
@@ -181,15 +182,16 @@ def _layer_of(module: nn.Module) -> nn.Module | None:
 def _weights_of(layer: nn.Module) -> list[WeightRef]:
     "What may scale the output of `layer`: its weight, what its weight is computed from, or a gain of its own."
     kind = _kind_of(layer)
-    groups = getattr(layer, 'groups', 1) if isinstance(layer, _ConvTransposeNd) or kind and kind.transposed else 0
+    transposed = isinstance(layer, _ConvTransposeNd) or kind is not None and kind.transposed
+    place = (1, getattr(layer, 'groups', 1)) if transposed else (0, 1)
     if parametrize.is_parametrized(layer, 'weight'):
         # `original0` is the magnitude of weight_norm. Torch's other parametrizations have one `original`.
         originals = layer.parametrizations['weight']
-        return [WeightRef(originals, 'original0' if hasattr(originals, 'original0') else 'original', groups)]
+        return [WeightRef(originals, 'original0' if hasattr(originals, 'original0') else 'original', *place)]
     if 'weight' not in layer._parameters:  # a hook or a property computes it
         of = next((n for n in ('weight_g', 'weight_orig') if n in layer._parameters), None)
-        return [WeightRef(layer, of, groups)] if of else [ref for ref in _own(layer, 'weight') if ref.has_setter]
-    refs = [WeightRef(layer, 'weight', groups)]
+        return [WeightRef(layer, of, *place)] if of else [ref for ref in _refs(layer, 'weight') if ref.has_setter]
+    refs = [WeightRef(layer, 'weight', *place)]
     if _is_affine(layer): return refs
     # A subclass that standardizes its weight is scaled by its gain, one number a channel.
     gains = [n for n, p in layer._parameters.items() if n not in ('weight', 'bias') and p is not None]
@@ -222,8 +224,8 @@ def parts_of(module: nn.Module) -> Parts:
     property, as the lesson-11 `ConvLayer`'s `bias`)."""
     layer = _layer_of(module)
     if layer is None: return Parts(None, [], None, False, -1, False)
-    weights,biases = _weights_of(layer),_own(layer, 'bias')
-    if layer is not module: weights,biases = _own(module, 'weight') or weights,_own(module, 'bias') or biases
+    weights,biases = _weights_of(layer),_refs(layer, 'bias')
+    if layer is not module: weights,biases = _refs(module, 'weight') or weights,_refs(module, 'bias') or biases
     kind = _kind_of(layer)
     channel_dim = kind.channel_dim if kind else -1
     if isinstance(layer, _ConvNd): channel_dim = -1 - len(layer.kernel_size)
