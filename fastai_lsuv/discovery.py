@@ -147,13 +147,15 @@ class Discovery:
         "Attention projects its inputs out of sight. The same is done here before, to measure and correct it."
         if self._idle(): return run(*args, **kwargs)
         given = _SIGNATURE.bind(*args, **kwargs).arguments
+        in_graph,projected = self.passes.hear is not None,[]  # a gradient reaches what is shown if it is used
         for x, w, b, letter in _projections(given):
             uses = self._linear(w, b, letter)
-            if uses: self._show(uses, partial(F.linear, x, w, b))
+            if uses or in_graph: projected.append(self._show(uses, partial(F.linear, x, w, b)))
+        run = partial(run, **(_projected(given, projected) if in_graph else given))
         last = self._linear(given['out_proj_weight'], given['out_proj_bias'])  # unless a layer owns it
         for u in last: self._before(u)
-        out = run(*args, **kwargs)
-        for u in last: self._after(u, out[0], lambda: run(*args, **kwargs)[0])
+        out = run()
+        for u in last: self._after(u, out[0], lambda: run()[0])
         return out
 
     def _linear(self, weight: Tensor, bias: Tensor | None, letter: str = '') -> list[Use]:
@@ -279,3 +281,11 @@ def _projections(given: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor, Tensor
         weight = given[f'{letter}_proj_weight'] if separate else given['in_proj_weight'][rows]
         x = x.transpose(0, 1) if x.dim() == 3 else x  # samples first
         yield x, weight, bias[rows] if bias is not None else None, '' if separate else letter
+
+
+def _projected(given: dict[str, Any], qkv: list[Tensor]) -> dict[str, Any]:
+    "The arguments of an attention that has its inputs projected, samples first. Its own projection changes nothing."
+    inputs = dict(zip(('query', 'key', 'value'), (x.transpose(0, 1) if x.dim() == 3 else x for x in qkv)))
+    same = torch.eye(given['embed_dim_to_check'], dtype=qkv[0].dtype, device=qkv[0].device)
+    weights = dict(q_proj_weight=same, k_proj_weight=same, v_proj_weight=same, in_proj_weight=None, in_proj_bias=None)
+    return given | inputs | weights | dict(use_separate_proj_weight=True)

@@ -97,15 +97,64 @@ def test_attention_and_layer_norm():
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=.3, batch_first=True)
     x = torch.randn(4, 6, 8)
-    def loss(m): return m(x).square().mean()
+    def loss(m): return m(x)[..., 0].square().mean()
     stats = layer_stats(model, x, loss=loss)
     quiet = layer_stats(nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True), x, loss=loss)
     assert len(stats) == len(quiet) and all(r.weight_grad > 0 for r in stats)
-    assert all(r.grad_std > 0 for r in stats if 'in_proj' not in r.name)  # projected out of sight
+    assert all(r.grad_std > 0 for r in stats)
     names = ['linear1', 'linear2']
     model.dropout.p = model.dropout1.p = model.dropout2.p = model.self_attn.dropout = 0.
     for n, (std, ratio) in by_hand(model, names, loss).items():
         assert (stats[n].grad_std, stats[n].weight_grad) == pytest.approx((std, ratio), rel=1e-4)
+
+
+class Attend(nn.Module):
+    "Attention, with or without parts that come after the projections. `spelled_out` does the same in small steps."
+    def __init__(self, batch_first=True, batched=True, **kwargs):
+        super().__init__()
+        self.attn,self.batched = nn.MultiheadAttention(8, 2, batch_first=batch_first, **kwargs),batched
+
+    def forward(self, q, k, v): return self.attn(q, k, v, need_weights=False)[0]
+
+    def spelled_out(self, q, k, v):
+        a = self.attn
+        weights = (a.q_proj_weight, a.k_proj_weight, a.v_proj_weight) if a.in_proj_weight is None \
+            else a.in_proj_weight.chunk(3)
+        biases = a.in_proj_bias.chunk(3) if a.in_proj_bias is not None else (None,)*3
+        qkv = [F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases)]
+        for t in qkv: t.retain_grad()
+        parts = qkv
+        if not a.batch_first and self.batched: parts = [t.transpose(0, 1) for t in parts]
+        if a.bias_k is not None:
+            more = [b.expand(len(q), 1, -1) for b in (a.bias_k, a.bias_v)]
+            parts = [parts[0], *(torch.cat([t, b], 1) for t, b in zip(parts[1:], more))]
+        heads = [t.unflatten(-1, (2, 4)).transpose(-3, -2) for t in parts]
+        out = a.out_proj(F.scaled_dot_product_attention(*heads).transpose(-3, -2).flatten(-2))
+        return (out.transpose(0, 1) if not a.batch_first and self.batched else out), qkv
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(bias=False), dict(dropout=.5), dict(kdim=6, vdim=5), dict(batch_first=False), dict(add_bias_kv=True),
+    dict(batched=False), dict(kdim=6, vdim=5, batch_first=False, bias=False)], ids=str)
+def test_projections_of_attention(kwargs):
+    torch.manual_seed(0)
+    model = Attend(**kwargs)
+    size = (4, 6) if model.batched else (6,)
+    batch = tuple(torch.randn(*size, n) for n in (8, model.attn.kdim, model.attn.vdim))
+    if model.batched:  # fewer queries than keys
+        batch = (batch[0][:, :5] if model.attn.batch_first else batch[0][:3], *batch[1:])
+    stats = layer_stats(model, batch, loss=lambda m: m(*batch).square().mean())
+    out,qkv = model.spelled_out(*batch)
+    model.train().attn.dropout = 0.
+    assert torch.allclose(out, model(*batch), atol=1e-6)
+    out.square().mean().backward()
+    *projections,last = stats
+    assert [r.grad_std for r in projections] == pytest.approx([t.grad.std().item() for t in qkv], rel=1e-4)
+    assert last.name == 'attn' and last.grad_std > 0 and all(r.weight_grad > 0 for r in stats)
+    packed = model.attn.in_proj_weight
+    if packed is None: return
+    ratios = [(g.norm()/w.norm()).item() for g, w in zip(packed.grad.chunk(3), packed.detach().chunk(3))]
+    assert [r.weight_grad for r in projections] == pytest.approx(ratios, rel=1e-4)
 
 
 def test_modules_without_a_weight():
