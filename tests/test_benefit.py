@@ -274,7 +274,9 @@ def test_layers_tell_of_samples_and_gradients():
     torch.manual_seed(0)
     x,y = torch.randn(64, 6),torch.randint(3, (64,))
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
-    rows = by_layer(begun(model, dict(order='std', last=.1), x), x, y)
+    options = dict(order='std', last=.1)
+    rows = by_layer(begun(model, options, x), x, y)
+    assert options == dict(order='std', last=.1)
     assert [r['layer'] for r in rows] == [1, 2] and [r['std'] for r in rows] == pytest.approx([1, .1], abs=1e-3)
     assert rows[1]['between'] == pytest.approx(between_samples(model(x)))
     t = summary(pd.DataFrame(rows).assign(start='s'))
@@ -288,6 +290,6 @@ def test_layers_tell_of_samples_and_gradients():
 def test_signal(tmp_path, capsys):
     df = signal(n=64, depth=4, width=.1, lrs='0.01,0.001', epochs=1, seeds=1, draws=2, out=str(tmp_path))
     trained = pd.read_csv(tmp_path/'signal_training.csv')
-    assert len(trained) == 2*5*2 and df.start.nunique() == 5 and df.seed.max() == 2
+    assert len(trained) == (5 + 6)*2 and df.start.nunique() == 6 and df.seed.max() == 2
     assert df.groupby('network', sort=False).layer.max().tolist() == [19, 4]
     assert 'gradient over weight' in capsys.readouterr().out and (tmp_path/'signal.png').exists()

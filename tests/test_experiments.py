@@ -1,5 +1,6 @@
 "Experiments: a tiny run of each, and the command line."
 import re
+from functools import partial
 from inspect import signature
 
 import pandas as pd
@@ -15,9 +16,9 @@ from fastai_lsuv.experiments.batchsize import batchsize, summary
 from fastai_lsuv.experiments.checkpoints import Checkpoint
 from fastai_lsuv.experiments.data import InputError
 from fastai_lsuv.experiments.depth import best, depth
-from fastai_lsuv.experiments.networks import fitnet4
+from fastai_lsuv.experiments.networks import deep_relu, fitnet4
 from fastai_lsuv.experiments.port import PORT, WITH, WITHOUT, port
-from fastai_lsuv.experiments.starts import STARTS, fill, start
+from fastai_lsuv.experiments.starts import STARTS, fill, mirrored, start
 from fastai_lsuv.experiments.study import OUT, pair, pm, table
 from fastai_lsuv.experiments.thread import BEFORE, THREAD, thread
 from fastai_lsuv.experiments.why import DOCUMENT, normals, why
@@ -154,8 +155,8 @@ def test_normals_are_seeded():
 def test_depth(tmp_path, capsys):
     df = depth(n=128, width=8, depths='2,4', inits='PyTorch,LSUV', lrs='0.1,0.0001', epochs=1, out=str(tmp_path))
     [written] = saved(tmp_path, 'depth')
-    assert len(df) == len(written) == 3*2*2*2 and set(df.depth) == {2, 4}
-    assert set(df.init) == {'PyTorch', 'LSUV "std"', 'LSUV "std mean"'}
+    assert len(df) == len(written) == 4*2*2*2 and set(df.depth) == {2, 4}
+    assert set(df.init) == {'PyTorch', 'LSUV "std"', 'LSUV "std mean"', 'LSUV "std", mirrored'}
     assert 'best of 2 learning rates' in capsys.readouterr().out
 
 
@@ -184,6 +185,28 @@ def test_starts(name):
         assert w.abs().max() <= (6/(9*(8 + len(w))))**.5
     if name != 'PyTorch':
         assert not any(m.bias.any() for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+
+
+@pytest.mark.parametrize('act', [nn.ReLU, nn.GELU, nn.SiLU, partial(nn.LeakyReLU, .1)])
+@pytest.mark.parametrize('width', [8, 7, 1])
+def test_mirrored_weights_make_the_network_linear(act, width):
+    torch.manual_seed(0)
+    convs = nn.Conv2d(3, width, 3), act(), nn.Conv2d(width, 2*width, 3, stride=2), act()
+    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(8*width, width), act(), nn.Linear(width, 3)).double()
+    mirrored(model)
+    a,b = torch.randn(2, 5, 3, 7, 7).double()
+    linear = torch.allclose(model(a - 3*b), model(a) - 3*model(b), atol=1e-9)
+    assert linear == (width == 8)  # an odd number of units cannot pair up
+    assert model(a).std(0).min() > 1e-3 and not any(m.bias.any() for m in model.modules() if hasattr(m, 'bias'))
+
+
+def test_mirrored_weights_are_orthonormal_before_they_are_paired():
+    model = deep_relu(4, 10, 3, width=6)
+    cbs = start(model, 'LSUV', 'std', pairs=True)
+    first,*_,last = (m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear))
+    assert [cbs[0].options[k] for k in ('order', 'preinit')] == ['std', None]
+    for half, other in ((first[:3], first[3:]), (last[:, :3], last[:, 3:])):
+        assert torch.allclose(half @ half.T, torch.eye(3), atol=1e-6) and torch.equal(half, -other)
 
 
 def test_fill_may_keep_the_biases():

@@ -29,13 +29,14 @@ def depth(
 ) -> pd.DataFrame:  # A row an arm, a seed and an epoch
     """Plain ReLU networks of 10 to 200 layers from several starts, each at its best learning rate.
 
-    The starts are PyTorch's default, MSRA, orthonormal and LSUV."""
+    The starts are PyTorch's default, MSRA, orthonormal, LSUV, and LSUV from weights in pairs (`mirrored`)."""
     options = ImageOptions(size=size, bs=bs, **kwargs)
     positive(width=width, epochs=epochs, seeds=seeds)
     deep,inits,rates = numbers('depths', depths, int), words('inits', inits, STARTS), numbers('lrs', lrs)
     arms = {init: (init,) for init in inits if init != 'LSUV'}  # What `start` takes after the model
     if 'LSUV' in inits:
         arms |= {f'LSUV "{order}"': ('LSUV', order) for order in words('orders', orders, ORDERS)}
+        arms['LSUV "std", mirrored'] = ('LSUV', 'std', True)
     images = options.images()
     jobs = list(product(range(1, seeds + 1), deep, arms, rates))
     runs = Runs(images, bs, len(jobs), epochs)

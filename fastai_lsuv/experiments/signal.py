@@ -1,4 +1,5 @@
 "Why some starts fail although each layer has std 1: what is left of the samples, and the gradient, by layer."
+from functools import partial
 from itertools import product
 from typing import Callable
 
@@ -13,15 +14,17 @@ from torch import Tensor, nn
 from .. import layer_stats, lsuv_init
 from .networks import deep_relu, fitnet4
 from .options import ImageOptions
-from .starts import fill
+from .starts import fill, mirrored
 from .study import Runs, band, numbers, percent, positive, save, say, seeded, table, words
 
+MIRRORED = 'LSUV "std", mirrored'
 STARTS = {  # Options of `lsuv_init`, and the std of the last layer; of the orthonormal start none
     'orthonormal': None,
     'LSUV "std"': dict(order='std'),
     'LSUV "std mean"': dict(order='std mean'),
     'LSUV per channel': dict(order='std mean', per_channel=True),
     'LSUV "std mean", last 0.1': dict(order='std mean', last=.1),
+    MIRRORED: dict(order='std', first=mirrored),
 }
 
 
@@ -54,7 +57,7 @@ def signal(
     x,y = (t[:256] for t in images.train)
     build = {name: build[name] for name in words('networks', networks, build)}
     layers = starts(build, draws, x, y)
-    jobs = list(product(range(1, seeds + 1), build, STARTS, rates))
+    jobs = [job for job in product(range(1, seeds + 1), build, STARTS, rates) if fits(*job[1:3])]
     runs = Runs(images, bs, len(jobs), epochs)
     for seed, network, start, lr in jobs:
         seeded(seed)
@@ -80,10 +83,16 @@ def starts(
     "How each network is at its start."
     rows = []
     for name, start, seed in product(build, STARTS, range(1, draws + 1)):
+        if not fits(name, start): continue
         seeded(seed)
         model = begun(build[name](), STARTS[start], x)
         rows += [dict(network=name, start=start, seed=seed, **row) for row in by_layer(model, x, y)]
     return pd.DataFrame(rows)
+
+
+def fits(network: str, start: str) -> bool:
+    "Whether a start makes sense. Of a mirrored pair maxout takes the absolute value."
+    return network != 'maxout' or start != MIRRORED
 
 
 def summary(
@@ -101,15 +110,15 @@ def summary(
 
 def begun(
     model: nn.Module,
-    lsuv: dict | None,  # Options of `lsuv_init`, and `last`, the std of the last layer
+    lsuv: dict | None,  # Options of `lsuv_init`, `last`, the std of the last layer, and `first`, what gives the weights
     x: Tensor  # The mini-batch
 ) -> nn.Module:
     "The model with orthonormal weights, and LSUV after them if it has options."
-    fill(model, nn.init.orthogonal_)
+    options = dict(lsuv or {})
+    options.pop('first', partial(fill, weight_=nn.init.orthogonal_))(model)
     if lsuv is None: return model
     *_,last = (name for name, m in model.named_modules() if isinstance(m, nn.Linear))
-    stds = {last: lsuv.get('last', 1.)}
-    options = {k: v for k, v in lsuv.items() if k != 'last'}
+    stds = {last: options.pop('last', 1.)}
     lsuv_init(model, x, preinit=None, target_std=lambda name, module: stds.get(name, 1.), **options)
     return model
 
@@ -150,10 +159,10 @@ def _picture(layers: pd.DataFrame) -> plt.Figure:
     fig,axs = plt.subplots(len(names), len(what), figsize=(12, 3.4*len(names)), layout='constrained', squeeze=False)
     for row, name in zip(axs, names):
         for ax, (column, title) in zip(row, what.items()):
-            for i, start in enumerate(STARTS):
+            for i, start in enumerate(s for s in STARTS if fits(name, s)):
                 of = layers[(layers.network == name) & (layers.start == start)]
                 band(ax, of.groupby('layer')[column], color='black' if i == 0 else f'C{i - 1}', label=start, ms=0)
             ax.set(yscale='log', title=title, xlabel='layer', ylabel=name if ax is row[0] else '')
             ax.grid(alpha=.3)
-    fig.legend(*axs[0][0].get_legend_handles_labels(), loc='outside lower center', ncols=len(STARTS), frameon=False)
+    fig.legend(*axs[-1][0].get_legend_handles_labels(), loc='outside lower center', ncols=len(STARTS), frameon=False)
     return fig

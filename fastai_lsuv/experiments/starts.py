@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import LSUVCallback
 
-__all__ = ['STARTS', 'fill', 'start']
+__all__ = ['STARTS', 'fill', 'mirrored', 'start']
 
 
 @torch.no_grad()
@@ -27,6 +27,27 @@ def fill(
             m.bias.zero_()
 
 
+@torch.no_grad()
+def mirrored(
+    model: nn.Module  # Conv and linear layers one after the other, in the order of `modules()`
+) -> None:
+    """Orthonormal weights in pairs: half of the rows are the negatives of the others, and biases are zero.
+
+    The next layer takes the difference of a pair. One of its two ReLUs is open, so nothing is lost, and the network
+    starts as a linear one: the looks-linear start of Balduzzi et al. (2017). The last layer puts out no pairs.
+    GELU and SiLU do as well as ReLU. An odd function such as tanh gains nothing, and makes half of the units copies."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    paired = False  # Whether what comes in are pairs
+    for m in layers:
+        out,ins,*kernel = m.weight.shape
+        pairs = m is not layers[-1] and out % 2 == 0
+        w = nn.init.orthogonal_(torch.empty(out//(1 + pairs), ins//(1 + paired), *kernel))
+        if paired: w = torch.cat([w, -w], 1)
+        m.weight.copy_(torch.cat([w, -w]) if pairs else w)
+        if m.bias is not None: m.bias.zero_()
+        paired = pairs
+
+
 STARTS = {
     'LSUV': nn.init.orthogonal_,  # LSUV begins with these
     'orthonormal': nn.init.orthogonal_,
@@ -40,9 +61,10 @@ def start(
     model: nn.Module,  # Fresh from its constructor
     name: str,  # One of `STARTS`
     order: str = 'std',  # Of LSUV's loops
+    pairs: bool = False,  # Begin from `mirrored` weights
     **kwargs  # Other options of `LSUVCallback`
 ) -> list[Callback]:  # The callbacks that a Learner needs to complete the start: `LSUVCallback`, or none
     "Give `model` the initial weights that `name` names."
-    if STARTS[name] is not None:
-        fill(model, STARTS[name])
+    if pairs: mirrored(model)
+    elif STARTS[name] is not None: fill(model, STARTS[name])
     return [LSUVCallback(order=order, preinit=None, **kwargs)] if name == 'LSUV' else []
