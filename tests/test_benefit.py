@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 
 from fastai_lsuv.experiments import benefit as study
 from fastai_lsuv.experiments import tasks
-from fastai_lsuv.experiments.benefit import COMMON, SCALES, STARTS, arms, benefit, steps_to
+from fastai_lsuv.experiments.benefit import COMMON, MIRRORED, SCALES, STARTS, arms, benefit, steps_to
 from fastai_lsuv.experiments.data import InputError, get_images
 from fastai_lsuv.experiments.ledger import Ledger
 from fastai_lsuv.experiments.signal import begun, between_samples, by_layer, signal, summary
@@ -62,22 +62,24 @@ def test_the_first_seed_comes_first():
     assert [j['seed'] for j in jobs] == sorted(j['seed'] for j in jobs)
     of = {(j['network'], j['optimizer'], j['start']) for j in jobs}
     assert {s for n, o, s in of if n == 'CNN ReLU' and o == 'Adam'} == set(STARTS)
-    assert {s for n, o, s in of if n == 'MLP'} == set(COMMON) and not any(n == 'MLP' and o == 'SGD' for n, o, _ in of)
-    assert len(jobs) == 2*(len(STARTS)*2 + len(COMMON)*1 + len(COMMON)*2)
+    common = {*COMMON, MIRRORED}
+    assert {s for n, o, s in of if n == 'MLP'} == common and not any(n == 'MLP' and o == 'SGD' for n, o, _ in of)
+    assert len(jobs) == 2*(len(STARTS)*2 + len(common)*1 + len(common)*2)
     assert len({tuple(j.items()) for j in jobs}) == len(jobs)
 
 
 def test_a_second_start_goes_on(tmp_path, monkeypatch, capsys):
     options = dict(scale='ci', networks='MLP', lrs='0.01', out=str(tmp_path))
     first = benefit(seeds=1, **options)
-    assert len(first) == len(COMMON) and first.start.tolist() == COMMON
-    assert first.normalized.where(~first.undone, '6 of 6').fillna('').tolist() == ['', *['6 of 6']*4]
+    of = [*COMMON, MIRRORED]
+    assert first.start.tolist() == of
+    assert first.normalized.where(~first.undone, '6 of 6').fillna('').tolist() == ['', *['6 of 6']*5]
     assert not first.undone[:2].any() and first.score.nunique() > 1
     ran = []
     real = study.run
     monkeypatch.setattr(study, 'run', lambda *args: ran.append(args[2]) or real(*args))
     second = benefit(seeds=2, **options)
-    assert [j['seed'] for j in ran] == [2]*len(COMMON) and len(second) == 2*len(COMMON)
+    assert [j['seed'] for j in ran] == [2]*len(of) and len(second) == 2*len(of)
     assert second[second.seed == 1].score.tolist() == first.score.tolist()
     assert 'Points behind the best' in capsys.readouterr().out
     assert (tmp_path/'benefit.png').read_bytes()[:4] == b'\x89PNG'
@@ -98,6 +100,22 @@ def test_a_run_depends_on_its_seed_alone():
 def test_bad_options(options, says):
     with pytest.raises(InputError, match=says):
         benefit(out='', **options)
+
+
+def test_mirrored_weights_go_where_they_suit():
+    jobs = arms(list(ZOO), RATES, 1)
+    assert {j['network'] for j in jobs if j['start'] == MIRRORED} == {
+        'CNN ReLU', 'CNN GELU', 'FitNet-4 ReLU', 'norm-free ResNet', 'MLP'}
+    images = get_images(n=64, size=8)
+    for name, entry in ZOO.items():
+        if not entry.mirrors: continue
+        task = study._TASKS[entry.task](lambda: images)
+        x,_ = task.dls(16).train.one_batch()
+        model = entry.build(task).eval()
+        study.mirrored(model)
+        pooled = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
+        if any(isinstance(m, pooled) for m in model.modules()): continue
+        assert torch.allclose(model(-2*x), -2*model(x), rtol=1e-3, atol=1e-3), name
 
 
 # --- what the runs say

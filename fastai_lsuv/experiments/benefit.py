@@ -15,12 +15,13 @@ from .. import LSUVCallback
 from . import tasks
 from .data import get_images
 from .ledger import Ledger
+from .starts import mirrored
 from .study import OUT, numbers, positive, save, say, seeded, word, words
 from .tasks import Task
 from .verdict import TRAINS, behind, compared, counts, picture, rates, scores, steps
 from .zoo import ZOO, Entry
 
-BUILT = 'as built'
+BUILT,MIRRORED = 'as built','std, mirrored'
 STARTS = {  # Options of `LSUVCallback`
     BUILT: None,
     'std mean': dict(order='std mean'),
@@ -29,6 +30,7 @@ STARTS = {  # Options of `LSUVCallback`
     'std, kept': dict(order='std', preinit=None),
     'mean std': dict(order='mean std'),
     'per channel, kept': dict(order='std mean', preinit=None, per_channel=True),
+    MIRRORED: dict(order='std', preinit=None),  # after `mirrored`
 }
 COMMON = [BUILT, 'std mean', 'std mean, kept', 'std', 'std, kept']  # Those that every network is trained from
 SHARES = (.9, .75, .5, .25)  # Of the loss of a constant answer; the steps to each are counted
@@ -111,8 +113,10 @@ def arms(
 ) -> list[dict[str, Any]]:  # What tells the runs apart
     "The runs to come. Those of the first seed come first, so that what is done early is a table already."
     def starts(name, opt):
-        if opt == 'SGD': return COMMON if ZOO[name].sgd else []
-        return STARTS if ZOO[name].all_starts else COMMON
+        entry = ZOO[name]
+        if opt == 'SGD' and not entry.sgd: return []
+        unmirrored = [s for s in STARTS if s != MIRRORED] if entry.all_starts and opt != 'SGD' else COMMON
+        return unmirrored + [MIRRORED]*entry.mirrors
     return [dict(network=name, optimizer=opt, start=start, lr=lr, seed=seed)
             for seed, opt in product(range(1, seeds + 1), rates) for name in names
             for start in starts(name, opt) for lr in rates[opt]]
@@ -129,6 +133,7 @@ def run(
     seeded(job['seed'])
     dls = of.dls(at.bs)
     model = entry.build(of)
+    if job['start'] == MIRRORED: mirrored(model)
     options = STARTS[job['start']]
     lsuv = [] if options is None else [LSUVCallback(**options)]
     opt_func = {'Adam': Adam, 'SGD': partial(SGD, mom=.9)}[job['optimizer']]

@@ -171,26 +171,29 @@ class Entry:
     sgd: bool = False  # Whether SGD trains it, too
     all_starts: bool = False  # Whether the rarer orders and options of LSUV are tried, too
     cbs: Callable[[], list] = list  # Callbacks that it needs
+    mirrors: bool = False  # Whether `mirrored` weights suit it: a chain of layers with ReLU or GELU between them
     longer: int = 1  # Times the epochs of the scale; in four a U-Net has found the background, and no digit
 
 
 ZOO = {
-    'CNN ReLU': Entry('plain CNN of 8 layers, ReLU', 'classify', partial(plain_cnn, act=nn.ReLU), True, True),
-    'CNN GELU': Entry('plain CNN of 8 layers, GELU', 'classify', partial(plain_cnn, act=nn.GELU)),
+    'CNN ReLU': Entry('plain CNN of 8 layers, ReLU', 'classify', partial(plain_cnn, act=nn.ReLU), True, True,
+                      mirrors=True),
+    'CNN GELU': Entry('plain CNN of 8 layers, GELU', 'classify', partial(plain_cnn, act=nn.GELU), mirrors=True),
     'CNN tanh': Entry('plain CNN of 8 layers, tanh', 'classify', partial(plain_cnn, act=nn.Tanh), True, True),
     'CNN SELU': Entry("plain CNN of 8 layers, SELU, LeCun's weights", 'classify',
                       partial(plain_cnn, act=nn.SELU, lecun=True)),
     'CNN maxout': Entry('plain CNN of 8 layers, maxout', 'classify', partial(plain_cnn, act=Maxout, pieces=2)),
     'FitNet-4 ReLU': Entry("FitNet-4, 19 layers, a quarter of its filters", 'classify',
-                           lambda t: fitnet4('ReLU', n_in=t.n_in, n_out=t.n_out, width=.25), True, True),
-    'norm-free ResNet': Entry('residual network of 16 layers without norm', 'classify', NormFree, True, True),
+                           lambda t: fitnet4('ReLU', n_in=t.n_in, n_out=t.n_out, width=.25), True, True, mirrors=True),
+    'norm-free ResNet': Entry('residual network of 16 layers without norm', 'classify', NormFree, True, True,
+                              mirrors=True),
     'xresnet': Entry("fastai's xresnet of 4 blocks, batch norm", 'classify', _xresnet, True, True),
     'ResNet': Entry("torchvision's resnet18 with a quarter of its filters, batch norm", 'classify', _resnet, True),
     'ConvNeXt': Entry("torchvision's ConvNeXt of 4 blocks, layer norm", 'classify', _convnext),
     'ViT': Entry("torchvision's ViT of 4 blocks, layer norm", 'classify', _vit),
     'U-Net': Entry('U-Net of 3 levels without norm', 'segment', UNet, False, True, longer=3),
     'U-Net batch norm': Entry('U-Net of 3 levels, batch norm', 'segment', partial(UNet, norm=True), longer=3),
-    'MLP': Entry('MLP of 6 layers, ReLU', 'diabetes', _mlp),
+    'MLP': Entry('MLP of 6 layers, ReLU', 'diabetes', _mlp, mirrors=True),
     'tabular': Entry("the model of fastai's tabular_learner, batch norm", 'tumours', _tabular),
     'AWD-LSTM': Entry("fastai's AWD-LSTM classifier", 'pages', _awd_lstm, cbs=rnn_cbs),
     'GPT': Entry("GPT of 2 blocks, GPT-2's start, layer norm", 'characters', GPT),
