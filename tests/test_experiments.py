@@ -11,9 +11,9 @@ from torch import nn
 
 from fastai_lsuv.experiments.__main__ import EXPERIMENTS, main
 from fastai_lsuv.experiments.activations import activations, cell
-from fastai_lsuv.experiments.batchnorm import batchnorm, step_cost
+from fastai_lsuv.experiments.batchnorm import batchnorm, how_far, step_cost
 from fastai_lsuv.experiments.batchsize import batchsize, summary
-from fastai_lsuv.experiments.checkpoints import Checkpoint
+from fastai_lsuv.experiments.checkpoints import Checkpoint, epochs_so_far
 from fastai_lsuv.experiments.data import InputError
 from fastai_lsuv.experiments.depth import best, depth
 from fastai_lsuv.experiments.networks import deep_relu, fitnet4
@@ -301,6 +301,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(arm, tmp_path, mon
     monkeypatch.undo()
     [path] = tmp_path.glob('*.pt')
     assert torch.load(path, weights_only=False)['epochs'] == 2
+    pd.testing.assert_frame_equal(without_time(epochs_so_far(tmp_path)), without_time(whole)[:2])
     again = batchnorm(epochs=3, checkpoints=str(tmp_path), **options)
     assert again.epoch.tolist() == [1, 2, 3] and again.seconds.is_monotonic_increasing
     pd.testing.assert_frame_equal(without_time(again), without_time(whole))
@@ -308,6 +309,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(arm, tmp_path, mon
     pd.testing.assert_frame_equal(third, again)
     with pytest.raises(InputError, match=r'was made with lr 0.01; this run has 0.02'):
         batchnorm(epochs=4, lr=.02, checkpoints=str(tmp_path), **options)
+
+
+def test_a_folder_without_checkpoints(tmp_path):
+    with pytest.raises(InputError, match=f'{tmp_path}: there is no checkpoint'): epochs_so_far(tmp_path)
+
+
+def test_how_far_a_run_went():
+    rows = [('LSUV', 1, 1, .5), ('LSUV', 1, 2, .6), ('LSUV', 1, 3, .9),
+            ('batch norm', 1, 1, .55), ('batch norm', 1, 2, .7)]
+    df = pd.DataFrame(rows, columns=['arm', 'seed', 'epoch', 'accuracy'])
+    assert how_far(df) == 'the first 2 of 230 epochs, 1 seed: LSUV 60.0 %, batch norm 70.0 %'
+    both = pd.concat([df, df.assign(seed=2)])
+    assert how_far(both, 2) == 'all 2 epochs, 2 seeds: LSUV 60.0 ± 0.0 %, batch norm 70.0 ± 0.0 %'
 
 
 def stopping(after):

@@ -77,6 +77,18 @@ def batchnorm(
     return df
 
 
+def how_far(
+    df: pd.DataFrame,  # As of `batchnorm`, or of `epochs_so_far`
+    epochs: int = EPOCHS['paper']  # Of the whole run
+) -> str:
+    "How far all arms are, and their accuracies there."
+    n = df.groupby(['arm', 'seed']).epoch.max().min()
+    at = df[df.epoch == n].groupby('arm', sort=False).accuracy.apply(percent)
+    seeds = df.seed.nunique()
+    went = f'all {n} epochs' if n == epochs else f'the first {n} of {epochs} epochs'
+    return f"{went}, {seeds} seed{'s'*(seeds > 1)}: " + ', '.join(f'{arm} {v} %' for arm, v in at.items())
+
+
 def step_cost(
     models: dict[str, nn.Module],
     x: Tensor, y: Tensor,  # The mini-batch

@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from fastai.basics import Callback, DataLoaders
 
 from ..generators import Generators
 from .data import InputError
 
-__all__ = ['Checkpoint']
+__all__ = ['Checkpoint', 'epochs_so_far']
 
 
 class Checkpoint(Callback):
@@ -68,3 +69,13 @@ class Checkpoint(Callback):
 
 
 def _loaders(dls: DataLoaders) -> list: return [dls.train, dls.valid]
+
+
+def epochs_so_far(
+    folder: str | Path  # Of the checkpoints of one study, which may still be running
+) -> pd.DataFrame:  # A row an arm, a seed and an epoch
+    "What the runs of a study have come to."
+    paths = sorted(Path(folder).glob('*.pt'))
+    if not paths: raise InputError(f"{folder}: there is no checkpoint; name the folder given to --checkpoints")
+    saved = [torch.load(path, map_location='cpu', weights_only=False) for path in paths]
+    return pd.DataFrame([row for s in saved for row in s['rows']])
