@@ -136,7 +136,7 @@ class Discovery:
 
     def _copy(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
         out = run(*args, **kwargs)
-        if not self._idle(): self.sources.note(out, args, COPIES[func])
+        if not self.idle(): self.sources.note(out, args, COPIES[func])
         return out
 
     def _operation(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
@@ -145,17 +145,18 @@ class Discovery:
 
     def _attention(self, run: Callable, args: tuple, kwargs: dict) -> Any:
         "Attention projects its inputs out of sight. The same is done here before, to measure and correct it."
-        if self._idle(): return run(*args, **kwargs)
+        if self.idle(): return run(*args, **kwargs)
         given = _SIGNATURE.bind(*args, **kwargs).arguments
-        in_graph,projected = self.passes.hear is not None,[]  # a gradient reaches what is shown if it is used
+        in_graph,projected = self.in_graph,[]
+        project = F.linear if in_graph else _beside
         for x, w, b, letter in _projections(given):
             uses = self._linear(w, b, letter)
-            if uses or in_graph: projected.append(self._show(uses, partial(F.linear, x, w, b)))
+            if uses or in_graph: projected.append(self._show(uses, partial(project, x, w, b)))
         run = partial(run, **(_projected(given, projected) if in_graph else given))
         last = self._linear(given['out_proj_weight'], given['out_proj_bias'])  # unless a layer owns it
-        for u in last: self._before(u)
+        for u in last: self.before(u)
         out = run()
-        for u in last: self._after(u, out[0], lambda: run()[0])
+        for u in last: self.after(u, out[0], lambda: run()[0])
         return out
 
     def _linear(self, weight: Tensor, bias: Tensor | None, letter: str = '') -> list[Use]:
@@ -167,19 +168,26 @@ class Discovery:
 
     def _show(self, uses: list[Use], run: Callable[[], Any]) -> Any:
         "Run an operation whose weights are units, and show the passes what it puts out."
-        for u in uses: self._before(u)
+        for u in uses: self.before(u)
         out = run()
-        for u in uses: out = self._after(u, out, run)
+        for u in uses: out = self.after(u, out, run)
         return out
 
-    def _idle(self) -> bool:
+    @property
+    def in_graph(self) -> bool:
+        "Whether gradients are to reach what is shown. They reach what is used."
+        return self.passes.hear is not None
+
+    def idle(self) -> bool:
         "Whether nothing is to be looked at: a unit is run again, or a transform of `torch.func` runs."
         return self.passes.busy or torch._C._functorch.peek_interpreter_stack() is not None
 
-    def _before(self, use: Use) -> None:
+    def before(self, use: Use) -> None:
+        "An operation is about to run."
         if self.passes.begin(use.unit): use.refresh()
 
-    def _after(self, use: Use, out: Any, again: Callable[[], Any]) -> Any:
+    def after(self, use: Use, out: Any, again: Callable[[], Any]) -> Any:  # What to go on with
+        "An operation has run; `again()` runs it once more."
         u = use.unit
         u.channel_dim,u.given_bias,u.most_samples = use.layout.channel_dim,use.bias,self.passes.n_samples
         solver = self.passes.solvers[u]
@@ -200,7 +208,7 @@ class Discovery:
         "The units that an operation uses."
         find = self.sources.find
         flat = [a for o in args for a in (o if isinstance(o, (list, tuple)) else (o,))] + list(kwargs.values())
-        if not any(isinstance(t, Tensor) and find(t) is not None for t in flat) or self._idle(): return []
+        if not any(isinstance(t, Tensor) and find(t) is not None for t in flat) or self.idle(): return []
         call = OPERATIONS[func].call(args, kwargs)
         found = {n: v for n in call.operation.weights.split() if (v := find(call.arguments.get(n))) is not None}
         if len(found) != 1: return []
@@ -252,8 +260,12 @@ class Discovery:
         self.prepare(u)
         if not u.left_alone: self.own(u.parameters)
         if adopted is not None: u.kind = adopted.kind
-        self.passes.add(u, adopted)
+        self.found(u, adopted)
         return u
+
+    def found(self, u: OperationUnit, adopted: Unit | None) -> None:
+        "A unit is new. It may stand for a layer that was not called."
+        self.passes.add(u, adopted)
 
     def _grouped(self, call: Call, view: View, layout: Layout) -> list[Use]:
         "A use for each expert, whose rows lie one after the other."
@@ -268,6 +280,12 @@ class Discovery:
 def _is_row(bias: Tensor, layout: Layout) -> bool:
     "Whether a bias that may have any shape has one number a channel."
     return layout.channel_dim == -1 and bias.dim() > 0 and bias.numel() == bias.shape[-1]
+
+
+@torch.no_grad()
+def _beside(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    "A projection that is measured alone. Autocast must not keep a weight that was cast here, without its gradient."
+    return F.linear(x.detach(), weight.detach(), bias.detach() if bias is not None else None)
 
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)

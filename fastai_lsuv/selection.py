@@ -15,7 +15,8 @@ from .units import Unit
 from .views import Held
 from .weights import is_layer, made_of
 
-__all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'wanted', 'RECURRENT']
+__all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'wanted', 'is_named', 'names_in',
+           'names_module', 'some', 'RECURRENT']
 
 RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
 
@@ -35,7 +36,7 @@ def select_modules(
         raise ValueError(f"model: {what} has no conv, linear or attention layer; name what to measure with `modules`")
     takes = ("it takes types, a function of a module, names or globs as in `named_modules()`, modules, or a list of "
              "these")
-    entries = list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
+    entries = _entries(modules)
     if not entries: raise ValueError(f"modules: got {modules!r}, which selects nothing; {takes}")
     picked_ids: set[int] = set()
     for e in entries:
@@ -45,7 +46,9 @@ def select_modules(
         if not hits and not (isinstance(e, str) and any(_names(e, h.name) for h in loose)):
             of_model = isinstance(e, nn.Module)
             problem = f"{type(e).__name__} is not in the model" if of_model else f"no module of {what} matches {e!r}"
-            raise ValueError(f"modules: {problem}; {takes}. Names here: {_some(n for n, _ in named if n)}")
+            weights = [h.name for h in loose if h.param.dim() > 1]
+            more = f"; weights that no layer applies: {some(weights)}" if weights else ''
+            raise ValueError(f"modules: {problem}; {takes}. Names here: {some(n for n, _ in named if n)}{more}")
         picked_ids |= {inside.get(id(m), id(m)) for m in hits}
     return [(n, m) for n, m in named if id(m) in picked_ids]
 
@@ -57,6 +60,10 @@ def loose_parameters(model: nn.Module) -> list[Held]:
     named = ((n, m, k, p) for n, m in modules for k, p in m._parameters.items() if p is not None)
     return [Held(f'{n}.{k}' if n else k, m, k, p) for n, m, k, p in named
             if id(p) not in taken and not is_lazy(p) and p.is_floating_point()]
+
+
+def _entries(modules: Any) -> list:
+    return list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
 
 
 def _names(entry: str, name: str) -> bool:
@@ -72,17 +79,30 @@ def wanted(
     """Which units that operations show are selected: by their name, by that of their parameter, or by a module that
     holds them and is no unit."""
     if modules is None: return lambda name, of: True
-    entries = list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
-    names,tests = [e for e in entries if isinstance(e, str)],[_matcher(e) for e in entries]
+    tests = [_matcher(e) for e in _entries(modules)]
     measured = {id(u.module) for u in units if not isinstance(u.module, nn.MultiheadAttention)}
     holders = [m for n, m in model.named_modules() if id(m) not in measured and any(t(n, m) for t in tests)]
     held = {id(c) for m in holders for c in m.modules()}
+    return lambda name, of: id(of.module) in held or is_named(modules, name, of)
 
-    def selects(name, of):
-        return id(of.module) in held or any(n in (name, of.name) or fnmatchcase(name, n) or fnmatchcase(of.name, n)
-                                            for n in names)
 
-    return selects
+def is_named(
+    modules: Any,  # As in `select_modules`
+    name: str,  # Of a part of a parameter
+    of: Held  # The parameter
+) -> bool:
+    "Whether an entry is the name or a glob of a parameter, or of this part of it."
+    return any(e in (name, of.name) or fnmatchcase(name, e) or fnmatchcase(of.name, e) for e in names_in(modules))
+
+
+def names_in(modules: Any) -> list[str]:
+    "Those entries of `modules` that are names or globs."
+    return [e for e in _entries(modules) if isinstance(e, str)]
+
+
+def names_module(entry: str, model: nn.Module) -> bool:
+    "Whether an entry is the name or a glob of a module."
+    return any(n == entry or fnmatchcase(n, entry) for n, _ in model.named_modules())
 
 
 def _matcher(entry: Any) -> Callable[[str, nn.Module], bool] | None:
@@ -100,7 +120,8 @@ def _is_compiled_layer(m: nn.Module) -> bool:
     return isinstance(w, Tensor) and w.dim() > 1 and 'Embedding' not in m.original_name
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def some(names: Iterable[str], most: int = 8) -> str:
+    "The first names, and how many there are."
     names = list(names)
     return ', '.join(map(repr, names[:most])) + (f', ... ({len(names)} in all)' if len(names) > most else '')
 

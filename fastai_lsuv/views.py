@@ -245,6 +245,12 @@ class Sources:
         held = self.by_storage.setdefault(h.now.untyped_storage()._cdata, [])
         if h not in held: held.append(h)
 
+    def locate(self) -> None:
+        "Note anew where the parameters are in memory. Training may have moved them."
+        self.by_storage = {}
+        for h in self.by_id.values():
+            if not is_sharded(h.param): self._stored(h)
+
     def _look_again(self) -> None:
         "Take in the gathered copies of sharded parameters."
         for h in self.sharded:

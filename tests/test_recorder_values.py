@@ -203,8 +203,10 @@ class Checkpointed(nn.Module):
 
 def test_checkpointed_layers_count_once():
     rec, n = ActivationStatsRecorder(grads=True), []
-    count = Do(order=-30, after_batch=lambda l: l.training and n.append([len(c) for c in rec._recording.hooks.calls]))
-    fit(learner(Checkpointed(), cbs=[rec, count]))
+
+    def count(learn):
+        if learn.training: n.append([len(c) for c in rec._recording.hooks.calls.values()])
+    fit(learner(Checkpointed(), cbs=[rec, Do(order=-30, after_batch=count)]))
     assert n == [[1, 1]]*6
     assert rec.df().notna().all().all()
 

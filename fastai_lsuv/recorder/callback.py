@@ -32,6 +32,8 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     before an in-place activation overwrites it, all calls of a layer in a step together, of a tuple or dict the first
     floating-point tensor. It records the batches of a fit, and not what other callbacks, `lr_find` or `get_preds` run.
 
+    Weights that no layer applies have the names of LSUV's report: `experts.up[3]`, GPT-2's `c_attn.weight`. The first
+    step shows which there are. `modules='*in_proj_weight*'` has an attention's query, key and value computed once more.
     `hist=True` covers -10 to 10, as most layers come before their activation. fastai's range is `hist=(40, 0, 10)`.
 
     `sample=k` measures every k-th sample (along dimension 0) of activations above 2**18 elements, and of their
@@ -41,17 +43,15 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
 
     It starts anew with every fit unless `append`. Its hooks stay on the model, idle, only after an exception, until
     the next fit. `torch.compile`d models leave their graph at each recorded layer: compile without `fullgraph=True`.
-    Under `torch.distributed` each rank records its own batches, and the first writes. An exported Learner needs this
-    package to load: `learn.export` keeps the recorder, without its records. Call
-    `learn.remove_cb(ActivationStatsRecorder)` before `export` to do without.
+    Under `torch.distributed` each rank records its own batches, and the first writes. `learn.export` keeps the recorder
+    without its records. `learn.remove_cb(ActivationStatsRecorder)` before it spares who loads it this package.
 
-    It is `learn.activation_stats_recorder`. It raises `ValueError` or `TypeError` for an argument that it does not
-    take, and `ImportError` for a `.parquet` file without pyarrow. Its methods raise `ValueError` before a fit."""
+    It is `learn.activation_stats_recorder`. Its methods raise `ValueError` before a fit. Parquet needs pyarrow."""
     order,remove_on_fetch,feeds_nothing = -20,True,True  # the last: LSUV need not run it to see what the model is fed
     _stateattrs = '_store', '_recording', '_starting'
 
     def __init__(self,
-        modules: Any = None,  # Types, a predicate, names, globs, modules; default: conv, linear, attention, recurrent
+        modules: Any = None,  # Types, a predicate, names, globs, modules; default: those of LSUV, recurrent ones
         every: int = 1,  # Record every so many training steps
         hist: bool | int | tuple[int, float, float] | None = None,  # True: (80, -10, 10); bins; or (bins, low, high)
         grads: bool = False,  # Also mean, std and share of exact zeros of the gradients of the layers' outputs
@@ -95,12 +95,12 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     def before_batch(self):
         "Start measuring if this step is due."
         if self._recording is not None:
-            self._recording.before_batch(self.epoch, self.train_iter)
+            self._recording.before_batch(self.model, self.epoch, self.train_iter)
 
     def after_pred(self):
         "Stop measuring: what runs the model from here to the next batch is not its forward pass."
         if self._recording is not None:
-            self._recording.after_pred()
+            self._recording.after_pred(self.model)
 
     def after_backward(self):
         "Note by how much mixed precision scaled the loss, and with it the gradients of this step."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ _NAN = float('nan')
 
 
 class _LayerHook:
-    "Forward hook of layer `i`. A copied or pickled model carries hooks that do nothing."
-    def __init__(self, hooks: RecordingHooks | None = None, i: int = 0):
-        self.i = i
+    "Forward hook of a layer. A copied or pickled model carries hooks that do nothing."
+    def __init__(self, hooks: RecordingHooks | None = None, name: str = ''):
+        self.name = name
         self.take = None if hooks is None else hooks.take
         # A compiled model leaves its graph for the hook, so that the hook sees numbers. `torch.compile` imports dynamo.
         if hooks is not None and 'torch._dynamo' in sys.modules:
@@ -33,7 +34,7 @@ class _LayerHook:
 
     def __call__(self, module, args, out):
         if self.take is not None:
-            self.take(self.i, out)
+            self.take(self.name, out)
 
     def __reduce__(self):
         return _LayerHook, ()
@@ -42,7 +43,7 @@ class _LayerHook:
 class RecordingHooks:
     "Hooks on layers, which measure what passes between `start` and `stop`, and the gradients of that."
     def __init__(self,
-        modules: list[nn.Module],  # The layers
+        modules: dict[str, nn.Module],  # The layers, by name
         meter: ActivationMeter,  # Measures outputs and gradients
         grads: bool  # Measure gradients too
     ):
@@ -56,7 +57,7 @@ class RecordingHooks:
 
     def attach(self):
         "Put the hooks on the layers."
-        self.handles = [m.register_forward_hook(_LayerHook(self, i)) for i, m in enumerate(self.modules)]
+        self.handles = [m.register_forward_hook(_LayerHook(self, n)) for n, m in self.modules.items()]
 
     def detach(self):
         "Remove the hooks."
@@ -65,34 +66,48 @@ class RecordingHooks:
         self.handles = []
         self.recording = False
 
+    def drop(self, names: set[str]):
+        "Measure these layers no more."
+        if names.isdisjoint(self.modules): return
+        for n in names: self.modules.pop(n, None)
+        self.detach()
+        self.attach()
+
     def start(self, recording: bool = True):
         "Forget what was measured, and measure from now on if `recording`."
         self.recording = self.due = recording
-        self.calls = [[] for _ in self.modules]
-        self.grad_calls = [[] for _ in self.modules]
+        self.calls = defaultdict(list)  # By layer
+        self.grad_calls = defaultdict(list)
 
     def stop(self):
         "Measure no more outputs. The gradients of those measured are still to come."
         self.recording = False
 
-    def take(self, i: int, out: Any):
-        "Measure the output of layer `i`, and its gradient when that comes."
+    def take(self,
+        name: str,  # Of a layer
+        out: Any,  # What it put out
+        rows: slice | None = None  # Rows of a tensor that are the layer's; `None`: all
+    ):
+        "Measure the output of a layer, and its gradient when that comes."
         if not self.recording: return
         x = first_tensor(out)
         if x is None or not _is_measurable(x): return
-        self.calls[i].append(self.meter(x))
+        self.calls[name].append(self.meter(x if rows is None else x[rows]))
         if not self.grads or not x.requires_grad: return
         # A tensor of a subclass is a view of the layer's own, and would lose its hook to an in-place activation.
         if type(x) is not Tensor and x._is_view() and x._base.numel() == x.numel():
             x = x._base
-        to = self.grad_calls[i]
-        x.register_hook(lambda g: to.append(self.meter(g, grad=True)))
+        to = self.grad_calls[name]
+        x.register_hook(lambda g: to.append(self.meter(g if rows is None else g[rows], grad=True)))
 
-    def record(self) -> Record | None:
+    def record(self,
+        names: list[str]  # The layers, in order
+    ) -> Record | None:
         "What was measured since `start`, still on the device; `None` if no layer was called."
-        if not any(self.calls): return None
-        outputs = [pool(calls) if calls else None for calls in self.calls]
-        grads = [pool(calls) if calls else None for calls in self.grad_calls] if self.grads else None
+        if not any(self.calls.get(n) for n in names): return None
+        outputs, grads = ([pool(calls[n]) if calls.get(n) else None for n in names]
+                          for calls in (self.calls, self.grad_calls))
+        grads = grads if self.grads else None
         device = next((m.mean.device for m in outputs if m and isinstance(m.mean, Tensor)), None)
         columns = _columns(outputs, ('mean', 'std', 'near_zero', 'dead'), device)
         if grads is not None:
@@ -105,11 +120,16 @@ class RecordingHooks:
         kinds = [outputs] if grads is None else [outputs, grads]
         return Record(np.array([[m.n if m else 0 for m in kind] for kind in kinds]).T, columns)
 
+    def misses(self, model: nn.Module) -> bool:
+        "Whether some layers were not called in this step, and the model will be compiled again for that."
+        if not self.due or self.checked_compile: return False
+        return not all(self.calls.get(n) for n in self.modules) and _is_compiled(model)
+
     def compile_again_if_missed(self, model: nn.Module):
         "Code compiled before there were hooks does not call them: have it compiled again. Looks once a fit."
-        if not self.due or self.checked_compile: return
-        self.checked_compile = True
-        if all(self.calls) or not _is_compiled(model): return
+        missed = self.misses(model)
+        self.checked_compile |= self.due
+        if not missed: return
         warnings.warn("ActivationStatsRecorder missed some layers in this step: the model was compiled before the "
                       "recorder was attached. It is compiled again for the next step.")
         torch.compiler.reset()

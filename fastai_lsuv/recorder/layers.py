@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..discovery import OperationUnit
 from ..rows import shortened
-from ..selection import select_modules
+from ..selection import loose_parameters, select_modules
 
-__all__ = ['RecordedLayer', 'Bound', 'find_layers', 'label_of']
+__all__ = ['RecordedLayer', 'Bound', 'find_layers', 'layers_of', 'label_of']
 
 _BOUNDS = {nn.Sigmoid: (0., 1.), nn.Hardsigmoid: (0., 1.), nn.Tanh: (-1., 1.), nn.Softsign: (-1., 1.)}
 _FLAT_AT = {nn.Sigmoid: 5.4, nn.Tanh: 2.7}
@@ -32,26 +33,55 @@ class Bound(NamedTuple):
 
 class RecordedLayer(NamedTuple):
     "What is known of a layer."
-    name: str  # As in `named_modules()`
+    name: str  # As in `named_modules()`; of an operation that of its weight, as in `named_parameters()`
     label: str  # Name, kind and channels, for plots
     bound: Bound | None = None  # How it saturates; `None`: not at all, as far as the model shows
     can_die: bool = True  # Numbers at or below 0 in its output are silent, as far as the model shows
+    place: tuple[int, ...] = ()  # In the order of registration
 
 
 def find_layers(
     model: nn.Module,
     modules: Any = None  # As `select_modules` takes; `None`: conv, linear, attention and recurrent layers
-) -> tuple[list[RecordedLayer], list[nn.Module]]:  # The layers and their modules, in order of registration
+) -> tuple[list[RecordedLayer], dict[str, nn.Module]]:  # The layers in order of registration; modules by name
     "The layers of `model` that `modules` selects."
-    named = _select(model, modules)
-    followers = _followers(model)
-    last = next((m for m in reversed(list(model.modules())) if any(True for _ in m.parameters(recurse=False))), None)
-    layers = []
-    for name, m in named:
-        name = name.replace('_orig_mod.', '')
-        after = followers.get(id(_chain(m)[-1]), [])
-        layers.append(RecordedLayer(name, label_of(name, m), _bound_of(m, after), _can_die(m, after, last)))
-    return layers, [m for _, m in named]
+    named = {name.replace('_orig_mod.', ''): m for name, m in _select(model, modules)}
+    around = _Around(model)
+    layers = [RecordedLayer(n, label_of(n, m), *around.trouble(m), around.place(m)) for n, m in named.items()]
+    return layers, named
+
+
+def layers_of(
+    model: nn.Module,
+    operations: dict[OperationUnit, str]  # And their names
+) -> list[RecordedLayer]:
+    "Operations on weights that no layer applies, in no order."
+    around, layers = _Around(model), []
+    for u, name in operations.items():
+        m, view = u.module, u.weight.view
+        _, out, into = u.weight.shape
+        label = _labelled(name, f'{u.kind} {into}>{out}')
+        # What follows a module follows its operation if this is all that the module does.
+        trouble = (None, True) if any(True for _ in m.children()) else around.trouble(m)
+        place = *around.place(m), list(m._parameters).index(view.held.attribute), view.offset
+        layers.append(RecordedLayer(name, label, *trouble, place))
+    return layers
+
+
+class _Around:
+    "What is around the modules of a model."
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.places = {id(m): i for i, m in enumerate(modules)}
+        self.followers = _followers(model)
+        self.last = next((m for m in reversed(modules) if any(True for _ in m.parameters(recurse=False))), None)
+
+    def place(self, m: nn.Module) -> tuple[int, ...]: return self.places[id(m)],
+
+    def trouble(self, m: nn.Module) -> tuple[Bound | None, bool]:
+        "How a module saturates, and whether it can die."
+        after = self.followers.get(id(_chain(m)[-1]), [])
+        return _bound_of(m, after), _can_die(m, after, self.last)
 
 
 def _chain(m: nn.Module) -> list[nn.Module]:
@@ -72,10 +102,11 @@ def _followers(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _select(model: nn.Module, modules: Any) -> list[tuple[str, nn.Module]]:
     "As `select_modules`, but recurrent layers are among the default ones."
-    if modules is not None: return select_modules(model, modules)
+    loose = loose_parameters(model)
+    if modules is not None: return select_modules(model, modules, loose)
     recurrent = {id(m) for m in model.modules() if isinstance(m, _RECURRENT)}
     try:
-        layers = {id(m) for _, m in select_modules(model)}
+        layers = {id(m) for _, m in select_modules(model, None, loose)}
     except ValueError:
         if not recurrent: raise
         layers = set()
@@ -88,7 +119,10 @@ def label_of(
 ) -> str:  # Such as "0 Conv2d 3>16"
     "Name, kind and channels of a layer. The front of a long name is cut."
     widths = [w for m in module.modules() if (w := _channels(m)) is not None]
-    rest = type(module).__name__ + (f' {widths[0][0]}>{widths[-1][1]}' if widths else '')
+    return _labelled(name, type(module).__name__ + (f' {widths[0][0]}>{widths[-1][1]}' if widths else ''))
+
+
+def _labelled(name: str, rest: str) -> str:
     room = max(_LONGEST_LABEL - len(rest) - 1, 8)
     return f'{shortened(name, room)} {rest}'.strip()
 

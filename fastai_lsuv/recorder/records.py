@@ -51,6 +51,15 @@ class Record:
         parts.append(torch.where(counts[0][..., None] > 0, values, 0.).sum(0))  # histograms
         return Record(ns.sum(0), torch.cat(parts, 1))
 
+    def arrange(self, at: list[int]):
+        "Have the rows that `at` numbers. Row -1 is that of a layer that was not called."
+        row = np.zeros_like(self.ns[:1])
+        self.ns = np.concatenate([self.ns, row])[at]
+        if isinstance(self.values, Tensor):
+            self.values = torch.cat([self.values, torch.full_like(self.values[:1], float('nan'))])[at]
+        else:
+            self.values = np.concatenate([self.values, np.full_like(self.values[:1], np.nan)])[at]
+
     def fetch(self, values: np.ndarray):
         "Take `values` from the host, and turn counts into shares."
         self.values = values
@@ -85,6 +94,7 @@ class RecordStore:
     def clear(self):
         "Forget everything."
         self.layers = []
+        self.modules = []  # Names of the layers that a fit began with
         self.rows = {p: [] for p in PHASES}
         self.strides = {p: 1 for p in PHASES}
         self.seen = {p: 0 for p in PHASES}
@@ -96,15 +106,28 @@ class RecordStore:
     ) -> bool:  # Whether it goes on after the records of earlier fits
         "Start a fit. Forget earlier ones unless they are to be kept, and the layers are the same."
         append = self.options.append
-        goes_on = append and [layer.name for layer in layers] == [layer.name for layer in self.layers]
-        if append and self.layers and not goes_on:
+        names = [layer.name for layer in layers]
+        goes_on = append and names == self.modules
+        if append and self.modules and not goes_on:
             warnings.warn("ActivationStatsRecorder(append=True): the layers changed since the last fit, "
                           "so recording starts anew")
         if not goes_on:
             self.clear()
-        self.layers = layers
+            self.layers = layers
+            self.modules = names
         self.before = self.reached
         return goes_on
+
+    def arrange(self,
+        layers: list[RecordedLayer]  # From now on
+    ):
+        "Take other layers. Records that are there get a row for each that is new."
+        places = {layer.name: i for i, layer in enumerate(self.layers)}
+        at = [places.get(layer.name, -1) for layer in layers]
+        self.layers = layers
+        if at == list(range(len(places))): return
+        for rows in self.rows.values():
+            for record in rows: record.arrange(at)
 
     def reach(self, epoch: int, step: int):
         "Note how far the fit has come."

@@ -43,7 +43,7 @@ class StatsTables:
 
     @property
     def names(self) -> list[str]:
-        "Names of the recorded layers, as in `named_modules()`."
+        "Names of the recorded layers, as in `named_modules()`; of a weight that no layer applies, that of the weight."
         return [layer.name for layer in self._store.layers]
 
     def df(self) -> pd.DataFrame:  # A row for each record and layer, in order of time
