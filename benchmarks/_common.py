@@ -1,12 +1,14 @@
 "Helpers that the benchmarks share: the packages as functions of a model and a mini-batch, passes, times and tables."
 import importlib
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -95,6 +97,43 @@ def of_the_tests(name):
 def networks():
     "The table of architectures that the tests use."
     return of_the_tests('networks').NETWORKS
+
+
+def plain(model):
+    "The model itself, without `torch.compile`."
+    return getattr(model, '_orig_mod', model)
+
+
+class Used(NamedTuple):
+    "A weight that a layer or an operation takes."
+    name: str  # Of the layer, or of the parameter or its slice
+    weight: Any  # Identifies the parameter, or the slice of it
+    elements: int
+    std: float  # Of what the layer or the operation puts out
+
+
+def used(model, batch):
+    """The weights of two or more dimensions that layers and operations take, and the std that each of them makes.
+
+    The judge of the tests measures it. It has hooks and a mode of its own."""
+    sizes = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1}
+    modules,slices,found = dict(model.named_modules()),{},[]
+    stds = of_the_tests('judging').judge(model, batch)
+    for name in stds:
+        slices.setdefault(name.split('[')[0], []).append(name)
+    for name, std in stds.items():
+        base = name.split('[')[0]
+        if base in sizes:
+            found.append(Used(name, name, sizes[base]//len(slices[base]), std))
+        elif base in modules:
+            layer = getattr(modules[base], 'out_proj', modules[base])
+            found += [Used(name, id(p), p.numel(), std) for p in layer.parameters() if p.dim() > 1]
+    return found
+
+
+def elements_reached(found, tol=math.inf):
+    "Elements of weights whose output has a std within `tol` of 1, each counted once."
+    return sum({u.weight: u.elements for u in found if abs(u.std - 1) <= tol}.values())
 
 
 def first_line(e):

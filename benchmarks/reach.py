@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from _common import COLORS, IMAGES, PACKAGES, RESULTS
-from _common import first_line, forward, installed, label, markdown, networks, of_the_tests, on_device, passes_begun
-from _common import timed, where
+from _common import elements_reached, first_line, forward, installed, label, markdown, networks, on_device
+from _common import passes_begun, plain, timed, used, where
 
 LAYERS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 COLUMNS = ['network', 'package', 'outcome', 'layers', 'reached', 'elements', 'elements_reached', 'passes_begun',
@@ -103,26 +103,7 @@ def matrices(model, batch, tol):
     """Elements of all parameters of two or more dimensions, and of those among them whose output is reached.
 
     The output is that of the layer that holds them, or of the operation that takes them or a slice of them."""
-    sizes = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1}
-    total,reached = sum(sizes.values()),{}
-    found = of_the_tests('judging').judge(model, batch)
-    modules,slices = dict(model.named_modules()),{}
-    for name in found: slices.setdefault(name.split('[')[0], []).append(name)
-    for name, std in found.items():
-        base = name.split('[')[0]
-        if not abs(std - 1) <= tol: continue
-        if base in sizes:
-            reached[base] = reached.get(base, 0) + sizes[base]//len(slices[base])
-        elif base in modules:
-            layer = getattr(modules[base], 'out_proj', modules[base])
-            for p in layer.parameters():
-                if p.dim() > 1: reached[id(p)] = p.numel()
-    return total, sum(reached.values())
-
-
-def plain(model):
-    "The model itself, without `torch.compile`."
-    return getattr(model, '_orig_mod', model)
+    return sum(p.numel() for p in model.parameters() if p.dim() > 1), elements_reached(used(model, batch), tol)
 
 
 def judge(network, package, tol, seconds, device):

@@ -14,16 +14,7 @@ from .selection import RECURRENT
 from .units import Unit
 from .weights import made_of
 
-__all__ = ['Coverage', 'weights_of', 'OUTSIDE']
-
-OUTSIDE = {
-    'embedding': "its rows are looked up, or added",
-    'recurrent': "a recurrent layer applies it out of sight",
-    'not selected': "`modules` does not select it",
-    'not called': "the model did not use it",
-    'vector': "it has one number a channel",
-    'not linear': "no linear operation takes it as it is, nor a view or a copy of it",
-}
+__all__ = ['Coverage', 'weights_of']
 
 
 def _parameters(u: Unit) -> list[nn.Parameter]:
@@ -64,7 +55,7 @@ class Coverage:
 
 
 def _why(p: nn.Parameter, holder: nn.Module, discovery: Discovery, selected: bool) -> str:
-    "A key of `OUTSIDE`."
+    "A key of `rows.OUTSIDE`."
     if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)): return 'embedding'
     if isinstance(holder, RECURRENT): return 'recurrent'
     held = discovery.sources.by_id.get(id(p))

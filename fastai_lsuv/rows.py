@@ -3,7 +3,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ['Row', 'STATUSES', 'ADVICE', 'DONE', 'advice', 'counted', 'number', 'span', 'some_names', 'shortened']
+__all__ = ['Row', 'STATUSES', 'ADVICE', 'DONE', 'OUTSIDE', 'advice', 'counted', 'number', 'span',
+           'some_names', 'shortened']
 
 STATUSES = {
     'ok': "the last pass found it at its target",
@@ -42,6 +43,15 @@ ADVICE = {
     'undone': "Leave layers out with `modules`, or give them another `target_std`.",
 }
 DONE = ('ok', 'no bias')
+# Why a weight is in no row
+OUTSIDE = {
+    'embedding': "it is looked up or added, and no input is multiplied by it",
+    'recurrent': "a recurrent layer applies it out of sight",
+    'not selected': "`modules` does not select it",
+    'not called': "the model did not use it",
+    'vector': "it has one number a channel",
+    'not linear': "no linear operation takes it directly: it is changed first, multiplied by a weight or gathered, say",
+}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from typing import Sequence
 
-from .rows import DONE, STATUSES, Row, counted, number, some_names
+from .rows import DONE, OUTSIDE, STATUSES, Row, counted, number, some_names
 
 __all__ = ['seen', 'done', 'covered', 'left_out', 'left_alone', 'remarks']
 
@@ -47,20 +47,20 @@ def covered(
     coverage: float,
     outside: dict[str, str]  # Both as in `LSUVReport`
 ) -> str:
-    "How much of the weights the rows speak for, where that is not nearly all."
+    "How much of the weights is in rows, where that is not nearly all."
     if coverage >= _NEARLY_ALL: return ''
     kinds = ', '.join(dict.fromkeys(outside.values()))
-    rest = f' (outside: {kinds})' if kinds else ''
-    return f" The rows hold {math.floor(coverage*1000)/10:g} % of the weights{rest}."
+    rest = f' (the rest: {kinds})' if kinds else ''
+    return f" These layers, normalized or not, hold {math.floor(coverage*1000)/10:g} % of the weights{rest}."
 
 
 def left_out(
     outside: dict[str, str]  # As in `LSUVReport`
 ) -> str:
-    "Which weights no row speaks for, by the word why; \"\" if there are none."
+    "Which weights are in no row, and why; \"\" if there are none."
     by_word = {why: [n for n in outside if outside[n] == why] for why in dict.fromkeys(outside.values())}
-    said = '; '.join(f'{some_names(names)} ({why})' for why, names in by_word.items())
-    return f'No row speaks for these weights: {said}.' if said else ''
+    said = '; '.join(f'{some_names(names)} ({why}: {OUTSIDE[why]})' for why, names in by_word.items())
+    return f'Weights in no row, left as they are: {said}.' if said else ''
 
 
 def _target(rows: Sequence[Row], order: str) -> str:

@@ -150,6 +150,21 @@ def test_reach_counts_the_weights_that_operations_take(benchmark):
     assert reach.matrices(Slices(), torch.randn(4000, 8), 0.3) == (106, 32)
 
 
+def test_fresh_judges_on_a_mini_batch_that_was_not_seen(benchmark, tmp_path, capsys):
+    fresh = benchmark('fresh')
+    name = 'hand/tied_embedding,hand/pruned,hand/slices_of_a_parameter'
+    seen = fresh.networks()['hand/pruned']()[1]
+    assert not torch.equal(seen, fresh.fresh_batch(fresh.networks()['hand/pruned'], 1))
+    fresh.main(only=name, tol=0.5, device='cpu')
+    found = {r['network']: (r['elements_used'], r['elements_right']) for r in rows(tmp_path/'fresh.csv')}
+    assert found == {'hand/tied_embedding': ('1056', '256'), 'hand/pruned': ('768', '768'),
+                     'hand/slices_of_a_parameter': ('1056', '1056')}
+    said = capsys.readouterr().out
+    assert '| **all** | 3 |' in said and '72.22 %' in said and '(tied) |' in said
+    fresh.main(only=name, tol=1e-6, device='cpu', no_save=True)
+    assert '**0.00 % of the elements' in capsys.readouterr().out
+
+
 def test_reach_pools_the_calls_of_a_layer(benchmark):
     reach = benchmark('reach')
 
@@ -210,7 +225,7 @@ def test_features_of_this_package(benchmark, tmp_path, monkeypatch):
     assert len(ours) == len(features.INITIALIZATION) + len(features.RECORDING) - 1 and set(ours.values()) == {'yes'}
 
 
-@pytest.mark.parametrize('name', ['features', 'harm', 'init_cost', 'reach', 'recorder_cost'])
+@pytest.mark.parametrize('name', ['features', 'fresh', 'harm', 'init_cost', 'reach', 'recorder_cost'])
 def test_every_benchmark_takes_a_device(benchmark, name):
     device = signature(benchmark(name).main).parameters['device']
     assert device.default == 'cpu' or name == 'recorder_cost'

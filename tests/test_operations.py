@@ -264,7 +264,7 @@ def test_where_the_words_of_outside_come_from():
                               'rnn.weight_hh_l0': 'recurrent', 'pos_embed': 'embedding', 'token': 'vector',
                               'unused': 'not called'}
     assert report.coverage == pytest.approx(64/sum(p.numel() for p in model.parameters() if p.dim() > 1))
-    assert str(report).splitlines()[0].endswith('of the weights (outside: embedding, vector, not linear, not called, '
+    assert str(report).splitlines()[0].endswith('of the weights (the rest: embedding, vector, not linear, not called, '
                                                 'recurrent).')
 
 

@@ -320,13 +320,17 @@ def test_the_table_ends_with_what_else_to_look_at():
     assert all(remark.replace('`', '') in soup_of(r).get_text() for remark in r.remarks)
 
 
-def test_what_no_row_speaks_for_is_named():
+def test_weights_in_no_row_are_named_with_the_reason():
     outside = {'tok.weight': 'embedding', 'pos.weight': 'embedding', 'rnn.weight_ih_l0': 'recurrent'}
     r = LSUVReport([row(0)], order='std', outside=outside, coverage=0.5)
-    words = ('No row speaks for these weights: tok.weight, pos.weight (embedding); rnn.weight_ih_l0 (recurrent).')
+    words = ('Weights in no row, left as they are: tok.weight, pos.weight (embedding: it is looked up or added, and no '
+             'input is multiplied by it); rnn.weight_ih_l0 (recurrent: a recurrent layer applies it out of sight).')
     assert str(r).splitlines()[-1] == words and words in soup_of(r).get_text() and words not in r.warning
-    assert r.summary.endswith(' The rows hold 50 % of the weights (outside: embedding, recurrent).')
-    assert 'No row' not in str(report('ok'))
+    chosen = LSUVReport([row(0)], order='std', outside={'7.weight': 'not selected'}, coverage=0.5)
+    assert '<code>modules</code> does not select it' in chosen._repr_html_()
+    assert r.summary.endswith(' hold 50 % of the weights (the rest: embedding, recurrent).')
+    assert ' These layers, normalized or not, hold' in r.summary
+    assert 'in no row' not in str(report('ok'))
 
 
 def test_per_channel_rows_are_those_of_the_channels():
