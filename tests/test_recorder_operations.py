@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fastai.basics import SGD, Callback, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
@@ -345,6 +346,22 @@ def test_wrapped_models_are_recorded():
     rec = ActivationStatsRecorder()
     fit(learner(nn.DataParallel(Net()), cbs=rec))
     assert rec.names == EVERY and rec.df().set_index('layer')['std']['own'].notna().all()
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('kw', [{}, every], ids=['default', 'everything'])
+def test_distributed_data_parallel(one_rank, kw):
+    rec = ActivationStatsRecorder(**kw)
+    alone = ActivationStatsRecorder(**kw)
+    same(trained(how=nn.parallel.DistributedDataParallel), trained(rec, how=nn.parallel.DistributedDataParallel))
+    trained(alone)
+    pd.testing.assert_frame_equal(rec.df(), alone.df())
 
 
 # ---- What is left behind
