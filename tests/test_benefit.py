@@ -14,7 +14,7 @@ from fastai_lsuv.experiments.benefit import COMMON, MIRRORED, SCALES, STARTS, ar
 from fastai_lsuv.experiments.data import InputError, get_images
 from fastai_lsuv.experiments.ledger import Ledger
 from fastai_lsuv.experiments.signal import begun, between_samples, by_layer, signal, summary
-from fastai_lsuv.experiments.verdict import at_best_rate, behind, compared, counts, picture, rates, scores, steps
+from fastai_lsuv.experiments.verdict import at_best_rate, behind, compared, counts, gains, picture, rates, scores, steps
 from fastai_lsuv.experiments.zoo import GPT, ZOO, _resnet
 
 pytestmark = pytest.mark.usefixtures('axes')
@@ -169,6 +169,16 @@ def test_points_behind_the_best():
     assert t['mean'].to_dict() == dict(built=6.5, lsuv=16.7) and t['most'].to_dict() == dict(built=19., lsuv=50.)
     assert t['on'].to_dict() == dict(built='a, Adam', lsuv='c, Adam')
     assert t['best or within a point'].to_dict() == dict(built=2, lsuv=2)
+
+
+def test_points_gained_over_the_default():
+    t = gains(RUNS, ['built', 'lsuv'], 'built')
+    each = np.array([19, .5, -50])  # networks a, b and c
+    assert t.index.tolist() == ['lsuv'] and t.loc['lsuv', 'gain'] == pytest.approx(each.mean(), abs=.06)
+    assert t.loc['lsuv', 'error'] == pytest.approx(each.std(ddof=1)/3**.5, abs=.06)
+    sgd = RUNS[RUNS.network == 'a'].assign(optimizer='SGD', score=lambda d: d.score.where(d.start == 'built', 1.))
+    t = gains(pd.concat([RUNS, sgd]), ['built', 'lsuv'], 'built')  # 19 and 39 points on network a count as 29
+    assert t.loc['lsuv', 'gain'] == pytest.approx((29 + .5 - 50)/3, abs=.06)
 
 
 def test_another_optimizer_has_rows_of_its_own():

@@ -18,13 +18,13 @@ from .ledger import Ledger
 from .starts import mirrored
 from .study import OUT, numbers, positive, save, say, seeded, word, words
 from .tasks import Task
-from .verdict import TRAINS, behind, compared, counts, picture, rates, scores, steps
+from .verdict import TRAINS, behind, compared, counts, gains, picture, rates, scores, steps
 from .zoo import ZOO, Entry
 
-BUILT,MIRRORED = 'as built','std, mirrored'
+BUILT,DEFAULT,MIRRORED = 'as built','std mean','std, mirrored'
 STARTS = {  # Options of `LSUVCallback`
     BUILT: None,
-    'std mean': dict(order='std mean'),
+    DEFAULT: dict(order='std mean'),
     'std mean, kept': dict(order='std mean', preinit=None),
     'std': dict(order='std'),
     'std, kept': dict(order='std', preinit=None),
@@ -93,7 +93,8 @@ def _report(df: pd.DataFrame, out: str) -> None:
     say(f'Networks on which a start is ahead of {BUILT!r}, level with it, or behind',
         counts(versus))
     say('Points behind the best of these starts', behind(df, COMMON))
-    save('benefit', out, picture(df, COMMON), compared=versus)
+    say(f'Points gained over {DEFAULT!r}, mean over the networks and its standard error', gains(df, COMMON, DEFAULT))
+    save('benefit', out, picture(df, [*COMMON, MIRRORED]), compared=versus)
 
 
 _TASKS: dict[str, Callable[[Callable], Task]] = {

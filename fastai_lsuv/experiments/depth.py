@@ -68,7 +68,7 @@ def best(
 
 def _picture(final: pd.DataFrame, classes: int) -> plt.Figure:
     "Accuracy by depth."
-    fig,ax = plt.subplots(figsize=(7, 4.2), layout='constrained')
+    fig,ax = plt.subplots(figsize=(8.6, 4.2), layout='constrained')
     for i, (init, of) in enumerate(final.groupby('init', sort=False)):
         band(ax, of.groupby('depth').accuracy, alpha=.15, color=f'C{i}', label=init, ms=4)
     ax.axhline(1/classes, color='gray', lw=.8, ls=':')
@@ -78,5 +78,5 @@ def _picture(final: pd.DataFrame, classes: int) -> plt.Figure:
     ax.set_xticks(at, at)
     ax.minorticks_off()
     ax.grid(alpha=.3)
-    ax.legend()
+    fig.legend(loc='outside right center', frameon=False)
     return fig

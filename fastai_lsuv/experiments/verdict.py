@@ -9,7 +9,8 @@ import pandas as pd
 
 from .study import percent, table
 
-__all__ = ['TRAINS', 'at_best_rate', 'scores', 'rates', 'steps', 'compared', 'counts', 'behind', 'picture']
+__all__ = ['TRAINS', 'at_best_rate', 'scores', 'rates', 'steps', 'compared', 'counts', 'behind', 'gains',
+           'picture']
 
 TRAINS = .9  # A run has trained if its loss on unseen data is below this share of the loss of a constant answer
 _ARM = ['network', 'optimizer', 'start']
@@ -93,6 +94,19 @@ def behind(
         'on': [', '.join(at) for at in worst], 'best or within a point': loss.le(_LEVEL).sum()})
 
 
+def gains(
+    df: pd.DataFrame,
+    starts: list[str],  # Those that are compared
+    base: str  # With this one
+) -> pd.DataFrame:  # A row a start
+    """Points that each start gains over `base`, as a mean over the networks, and the standard error of that.
+
+    A network counts once: of several optimizers the mean is taken."""
+    score = at_best_rate(df).groupby(_ARM, sort=False).score.mean().unstack('start')[starts]
+    gain = 100*score.sub(score[base], axis=0).dropna().groupby('network').mean()
+    return pd.DataFrame({'gain': gain.mean().round(1), 'error': gain.sem().round(1)}).drop(index=base)
+
+
 def picture(
     df: pd.DataFrame,
     starts: list[str]  # Those that are shown
@@ -100,14 +114,15 @@ def picture(
     "Score at the best learning rate, and the mean over all of them, by network: a dot a start, a line its spread."
     df = df[df.start.isin(starts) & df.optimizer.eq(df.optimizer.iloc[0])]
     names = list(df.network.unique())
-    fig,axs = plt.subplots(1, 2, figsize=(11, .42*len(names) + 1.4), layout='constrained', sharey=True)
+    orders = list(dict.fromkeys(s.removesuffix(', kept') for s in starts))
+    fig,axs = plt.subplots(1, 2, figsize=(11, .46*len(names) + 1.4), layout='constrained', sharey=True)
     per_seed = df.groupby([*_ARM, 'seed'], sort=False).score.mean().reset_index()
     for ax, of in zip(axs, (at_best_rate(df), per_seed)):
         for k, start in enumerate(starts):
             by = of[of.start == start].groupby('network').score
             at = np.array([names.index(n) for n in by.groups]) + .14*(k - (len(starts) - 1)/2)
-            order = start.split(',')[0]  # a start that keeps the weights has the colour of its order, and is hollow
-            color = ['black', 'C0', 'C1', 'C2', 'C3'][list(dict.fromkeys(s.split(',')[0] for s in starts)).index(order)]
+            order = start.removesuffix(', kept')  # one that keeps the weights has the colour of its order, and is hollow
+            color = ['black', 'C0', 'C1', 'C2', 'C3'][orders.index(order)]
             ax.hlines(at, 100*by.min(), 100*by.max(), color=color, lw=1.5, alpha=.5)
             ax.plot(100*by.mean(), at, 'o', ms=5, color=color, mfc=color if start == order else 'white', label=start)
         ax.grid(alpha=.3)
