@@ -121,7 +121,7 @@ def picture(
         for k, start in enumerate(starts):
             by = of[of.start == start].groupby('network').score
             at = np.array([names.index(n) for n in by.groups]) + .14*(k - (len(starts) - 1)/2)
-            order = start.removesuffix(', kept')  # one that keeps the weights has the colour of its order, and is hollow
+            order = start.removesuffix(', kept')  # one that keeps the weights has its order's colour, and is hollow
             color = ['black', 'C0', 'C1', 'C2', 'C3'][orders.index(order)]
             ax.hlines(at, 100*by.min(), 100*by.max(), color=color, lw=1.5, alpha=.5)
             ax.plot(100*by.mean(), at, 'o', ms=5, color=color, mfc=color if start == order else 'white', label=start)
