@@ -200,6 +200,16 @@ def test_mirrored_weights_make_the_network_linear(act, width):
     assert model(a).std(0).min() > 1e-3 and not any(m.bias.any() for m in model.modules() if hasattr(m, 'bias'))
 
 
+@pytest.mark.parametrize('layer,name', [(nn.Conv2d(8, 8, 3, groups=8), '1.weight'), (nn.Embedding(3, 8), '1.weight'),
+                                        (nn.ConvTranspose2d(8, 8, 2), '1.weight'),
+                                        (nn.MultiheadAttention(8, 2), '1.in_proj_weight')])
+def test_mirrored_weights_take_a_chain_of_plain_layers(layer, name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.Linear(8, 2))
+    was = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=f"model: '{name}' is no weight of a Conv2d without groups"): mirrored(model)
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), was))
+
+
 def test_mirrored_weights_are_orthonormal_before_they_are_paired():
     model = deep_relu(4, 10, 3, width=6)
     cbs = start(model, 'LSUV', 'std', pairs=True)

@@ -37,6 +37,10 @@ def mirrored(
     starts as a linear one: the looks-linear start of Balduzzi et al. (2017). The last layer puts out no pairs.
     GELU and SiLU do as well as ReLU. An odd function such as tanh gains nothing, and makes half of the units copies."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    known = {id(m.weight) for m in layers if getattr(m, 'groups', 1) == 1}
+    other = next((name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known), None)
+    if other: raise ValueError(f"model: {other!r} is no weight of a Conv2d without groups or of a Linear layer; "
+                               "`mirrored` takes a chain of these alone")
     paired = False  # Whether what comes in are pairs
     for m in layers:
         out,ins,*kernel = m.weight.shape
