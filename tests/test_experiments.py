@@ -296,6 +296,15 @@ def test_a_command(tmp_path, capsys):
     assert saved(tmp_path/'a'/'b', 'why', 'why_network')[0].seed.unique().tolist() == [1]
 
 
+@pytest.mark.parametrize('arm,times', [('LSUV', 0), ('batch norm', 0), ('LSUV mirrored', 1)])
+def test_the_mirrored_arm(arm, times, monkeypatch):
+    began = []
+    def spy(model): began.append(mirrored(model))
+    monkeypatch.setattr('fastai_lsuv.experiments.starts.mirrored', spy)
+    df = batchnorm(epochs=1, seeds=1, rounds=1, arms=arm, bs=32, out='', **TINY)
+    assert len(began) == times and df.arm.tolist() == [arm]
+
+
 # --- runs that can be stopped
 
 def without_time(df): return df.drop(columns='seconds').reset_index(drop=True)

@@ -15,7 +15,9 @@ from .options import FitNetOptions
 from .starts import STARTS
 from .study import Runs, curves, numbers, percent, pm, positive, save, say, seeded, table, word, words
 
-ARMS = {'LSUV': (True, False), 'batch norm': (False, True), 'neither': (False, False)}  # With LSUV? With batch norm?
+MIRRORED = 'LSUV mirrored'  # From `mirrored` weights, which suit ReLU
+ARMS = {'LSUV': False, 'batch norm': True, 'neither': False, MIRRORED: False}  # With batch norm?
+USUAL = 'LSUV,batch norm,neither'
 EPOCHS = dict(small=10, paper=230)  # By scale
 PAPER,PAPER_DROPS = dict(size=32, width=1., bs=128),'100,150,200'  # What `--scale paper` sets
 SHOWN = {1, 2, 5, 10, 20, 50, 100}  # Epochs in the printed table, beside the last
@@ -30,7 +32,7 @@ def batchnorm(
     rounds: int = 30,  # Steps of each arm to time, in turns
     epochs: int = 0,  # Epochs to train each arm; 0: those of the scale, 10 or 230
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
-    arms: str = ','.join(ARMS),  # Arms to train
+    arms: str = USUAL,  # Arms to train; one more is 'LSUV mirrored'
     scale: str = 'small',  # 'small' leaves the options as they are; 'paper' sets its size, width, bs and drops
     drops: str = '',  # Epochs after which the learning rate falls to a tenth, separated by commas
     checkpoints: str = '',  # Folder of checkpoints, one an arm and seed: a second start goes on from them; '': none
@@ -54,10 +56,11 @@ def batchnorm(
     images = options.images()
     runs = Runs(images, options.bs, len(chosen)*seeds, epochs, falls, checkpoints)
     for seed in range(1, seeds + 1):
-        for arm, (lsuv, norm) in chosen.items():
+        for arm, norm in chosen.items():
             seeded(seed)
             model = options.network(images, act, norm=norm)
-            options.train(runs, dict(arm=arm), seed, model, 'LSUV' if lsuv else init)
+            first = 'LSUV' if arm.startswith('LSUV') else init
+            options.train(runs, dict(arm=arm), seed, model, first, pairs=arm == MIRRORED)
     df = runs.df()
     models = {name: options.network(images, act, norm=norm) for name, norm in ((WITHOUT, False), (WITH, True))}
     x,y = images.train
@@ -123,7 +126,7 @@ def _picture(df: pd.DataFrame, took: pd.Series) -> plt.Figure:
     "Accuracy by epoch, accuracy by wall time, and the cost of a step."
     fig,axs = plt.subplots(1, 3, figsize=(13, 4), layout='constrained', width_ratios=[1, 1, .55])
     for ax, x, title in zip(axs, ('epoch', 'seconds'), ('epoch', 'wall time')):
-        for arm, color in zip(ARMS, ('C0', 'C1', 'black')):
+        for arm, color in zip(ARMS, ('C0', 'C1', 'black', 'C2')):
             if (df.arm == arm).any(): curves(ax, df[df.arm == arm], x, label=arm, color=color)
         ax.set(title=f'accuracy by {title}', xlabel=x, ylim=(0, None))
     axs[0].xaxis.get_major_locator().set_params(integer=True)

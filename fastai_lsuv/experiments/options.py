@@ -63,8 +63,9 @@ class FitNetOptions(ImageOptions):
         arm: dict[str, Any],  # What tells the arm apart, a column each
         seed: int,  # Of the batches
         model: nn.Module,
-        init: str  # One of `STARTS`
+        init: str,  # One of `STARTS`
+        pairs: bool = False  # As in `start`
     ) -> None:
         "Initialize `model` and train it as one arm."
-        cbs = [*start(model, init, self.order), ChannelsLast()]
+        cbs = [*start(model, init, self.order, pairs), ChannelsLast()]
         runs.fit(arm, seed, model, self.lr, cbs, mom=self.mom, wd=self.wd)
