@@ -163,13 +163,13 @@ def _in_transform() -> bool:
 class Functions(TorchFunctionMode):
     "Hands functions to their handlers. The mode is off while a handler runs."
     def __init__(self,
-        around: dict[Callable, Callable],  # Handlers, called with what runs the function, its `args` and its `kwargs`
+        around: dict[Callable, Callable],  # Handlers, called with the function, what runs it, its `args` and `kwargs`
         within: dict[Callable, Callable] | None = None,  # Handlers that run a function in another way
         taken: set[int] | None = None  # Gets the ids of the parameters that functions take, if it is to be known
     ):
         super().__init__()
         within = within or {}
-        self.handlers = {**within, **{f: partial(h, within.get(f, f)) for f, h in around.items()}}
+        self.handlers = {**within, **{f: partial(h, f, within.get(f, f)) for f, h in around.items()}}
         self.around,self.taken = around,taken
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

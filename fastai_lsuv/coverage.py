@@ -58,8 +58,8 @@ def _why(p: nn.Parameter, holder: nn.Module, discovery: Discovery, selected: boo
     "A key of `rows.OUTSIDE`."
     if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)): return 'embedding'
     if isinstance(holder, RECURRENT): return 'recurrent'
-    held = discovery.sources.by_id.get(id(p))
-    if id(p) in discovery.declined or held is None and selected: return 'not selected'
-    if held is not None and id(p) not in discovery.taken: return 'not called'
+    source = discovery.sources.by_id.get(id(p))
+    if id(p) in discovery.declined or source is None and selected: return 'not selected'
+    if source is not None and id(p) not in discovery.taken: return 'not called'
     if p.numel() == max(p.shape): return 'vector'
-    return 'embedding' if held is not None and 'embed' in held.attribute else 'not linear'
+    return 'embedding' if source is not None and 'embed' in source.attribute else 'not linear'

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .moments import Moments, pool, whole_moments
+from .moments import Moments, first_tensor, pool, whole_moments
 from .passes import Passes
 from .units import Unit
 
@@ -22,13 +22,9 @@ def gradients_of(
     loss: Callable[[nn.Module], Any]  # As in `layer_stats`
 ) -> dict[Unit, dict[str, float | None]]:  # `grad_std` and `weight_grad` of each, as in `Row`
     "Std of the gradient at each unit's output, and norm of the weight's gradient over that of the weight."
-    seen: dict[Unit, list[Moments]] = {}
+    listener = _Listener()
     params = [p for p in passes.model.parameters() if p.requires_grad]
     grad_of: dict[int, Tensor] = {}
-
-    def hear(u: Unit, x: Tensor) -> None:
-        # A tensor's hook belongs to the value that it has now, whatever an in-place activation writes to it later.
-        if x.requires_grad: x.register_hook(lambda grad: _arrived(seen.setdefault(u, []), grad))
 
     def run() -> None:
         value = _mean(loss(passes.model))
@@ -36,15 +32,31 @@ def gradients_of(
         grads = torch.autograd.grad(value, params, allow_unused=True)
         grad_of.update((id(p), g) for p, g in zip(params, grads) if g is not None)
 
-    with torch.enable_grad(): passes.listen(run, hear)
+    with torch.enable_grad(): passes.show(listener, run)
     if not grad_of:
         raise ValueError("loss: no gradient of it reaches the model; compute it from what `model(x)` gives, without "
                          "`detach`, of a model with weights that have `requires_grad`")
-    return {u: dict(grad_std=_std(seen.get(u, [])), weight_grad=_relative(u, grad_of)) for u in passes.units}
+    moments = listener.moments
+    return {u: dict(grad_std=_std(moments.get(u, [])), weight_grad=_relative(u, grad_of)) for u in passes.units}
 
 
-def _arrived(seen: list[Moments], grad: Tensor) -> None:
-    if grad.numel(): seen.append(whole_moments(grad))
+class _Listener:
+    "Takes the moments of the gradient at the output of each unit. It is an `Observer`."
+    changes = busy = False
+    in_graph = True
+
+    def __init__(self): self.moments: dict[Unit, list[Moments]] = {}
+
+    def start(self, u: Unit) -> bool: return False
+
+    def observe(self, u: Unit, out: Any, again: Any = None, rows: slice | None = None) -> None:
+        def arrived(grad):
+            if rows is not None: grad = grad[rows]
+            if grad.numel(): self.moments.setdefault(u, []).append(whole_moments(grad))
+
+        x = first_tensor(out)
+        # A tensor's hook belongs to the value that it has now, whatever an in-place activation writes to it later.
+        if x is not None and x.requires_grad: x.register_hook(arrived)
 
 
 def _mean(loss: Any) -> Tensor:

@@ -1,47 +1,31 @@
 """`lsuv_init`: layer-sequential unit-variance initialization of any model. `layer_stats`: how a model is now.
 
-`initialize` puts the parts together: a `Feed` gives mini-batches, `find_units` the units, `preserved` keeps all else as
-it was, `Passes` run the model and correct the units, `LossCheck` proves the result, and a report tells what came of
-it."""
+Both draw from a `Feed`, run `Passes`, and give a report. What happens to a model, step by step, is in `Run`."""
 from __future__ import annotations
 
-import math
 import warnings
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-from .coverage import Coverage, weights_of
 from .discovery import Discovery
-from .evidence import unusual
 from .feed import Feed
 from .generators import Generators
 from .gradients import gradients_of
-from .items import TensorItem
-from .loss import LOSS_TAKES, LossCheck
-from .moments import Moments
+from .loss import LOSS_TAKES
 from .options import Options
 from .passes import Passes
-from .preinit import deck_for, preinitialize
-from .ranks import in_step, meet
-from .report import LSUVReport, Row
-from .restore import put_back
-from .selection import find_units, loose_parameters, measurable, wanted
-from .sharded import from_rank_0, is_sharded, local, refuse, reshard
+from .ranks import in_step
+from .report import LSUVReport
+from .results import in_order, rows_of
+from .run import Run
+from .selection import loose_parameters, measurable, outside_of, wanted
+from .sharded import is_sharded, refuse, reshard
 from .state import preserved
-from .status import DOUBTS, Status
 from .units import Target, Unit
-from .views import Held
-from .weights import made_of
 
 __all__ = ['lsuv_init', 'layer_stats', 'initialize', 'plain']
-
-# Fresh mini-batches that are tried after one that cannot be trusted.
-_MOST_TRIES = 2
 
 
 def lsuv_init(
@@ -100,10 +84,6 @@ def lsuv_init(
     return report
 
 
-class _Undone(Exception):
-    "Raised inside `preserved` to put the weights back."
-
-
 def initialize(
     model: nn.Module,
     batches: Any,
@@ -122,116 +102,9 @@ def initialize(
     feed = Feed(model, batches, n_inp, get_input)
 
     def initialized() -> LSUVReport:
-        with feed:
-            units,discovery = _units(model, options, keep)
-            meet(f"LSUV of {len(units)} layers" + (f", first {units[0].name!r}" if units else ''))
-            start = partial(preinitialize, preinit=options.preinit, deck=deck_for(units))
-            if options.preinit is None: start = None
-            return _run_all(Passes(model, units, watch, start, discovery), feed, LossCheck(model, loss), options, force)
+        with feed: return Run(model, feed, options, loss, keep, watch)(force)
 
     return in_step(initialized)
-
-
-def _run_all(passes: Passes, feed: Feed, check: LossCheck, options: Options, force: bool) -> LSUVReport:
-    "Look, correct, and take the loss. Put all back if that fails, or if the model came out far worse."
-    model,units,before,undone = passes.model,passes.units,{},''
-
-    def run(kept) -> int:
-        nonlocal before
-        passes.rewind,passes.discovery.own = kept.rewind,kept.own
-        if options.baseline or check.loss is not None: before = _look(passes, feed, check)
-        n = _run(passes, feed, options.max_iter)
-        if not units:
-            raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer, and applies no "
-                             "weight in a linear operation; name what to normalize with `modules`")
-        if check.loss is not None: kept.rewind()
-        check.take_after()
-        return n
-
-    try:
-        with _as_on_rank_0(model), _preserved(model, units) as kept:
-            n = in_step(lambda: run(kept))
-            undone = check.failure
-            if undone and not force: raise _Undone
-    except _Undone as e:
-        # What could not be put back is a note, or the context on a Python without notes.
-        failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]
-        if failed:
-            raise RuntimeError(f"LSUV put the weights back, because {undone}. {' '.join(failed)}") from None
-    else:
-        for u in units: u.finish()
-        undone = ''
-    rows,held = _rows(passes, options.modules is not None, before, bool(undone))
-    n_passes = n + bool(before) + (check.pair is not None)
-    return LSUVReport(rows, options.order, n_passes, check.pair, undone, check.told(force), unusual(feed.batch),
-                      held.outside, held.share)
-
-
-def _units(model: nn.Module, options: Options, keep: Callable[[Unit], bool] | None) -> tuple[list[Unit], Discovery]:
-    "The units of `model`, with their targets, and what finds others as it runs."
-    def prepare(u):
-        u.target = options.target(u)
-        if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
-
-    loose = loose_parameters(model)
-    units = find_units(model, options.modules, loose)
-    for u in units: prepare(u)
-    return units, Discovery(_but(loose, units), wanted(model, options.modules, units), prepare)
-
-
-def _look(passes: Passes, feed: Feed, check: LossCheck) -> dict[Unit, tuple[float, float]]:
-    "Mean and std of each unit before anything is changed, from the forward that takes the loss if there is one."
-    if check.loss is not None: passes.look(check.take_before)
-    if check.pair is None or not passes.order: passes(feed.batch, correct=False)
-    before = {u: _pair(u.latest.pooled, u.target.per_channel) for u in passes.order if u.latest is not None}
-    for u in passes.units: u.forget()
-    return before
-
-
-def _run(passes: Passes, feed: Feed, max_iter: int) -> int:
-    "Correct until a fresh mini-batch finds every unit at its target. Returns the number of passes."
-    tries,fresh = 0,True
-    for n in range(1, max_iter + 1):
-        changed = passes(feed.batch, fresh=fresh)
-        doubts = {u.reason for u in passes.units} & DOUBTS
-        again = tries < _MOST_TRIES and bool(doubts)
-        tries += again
-        got_more = again and (feed.gather() if Status.ALIKE in doubts else feed.next())
-        if not (changed or got_more): return n
-        fresh = got_more or feed.next()
-    passes(feed.batch, correct=False, fresh=fresh)
-    return max_iter + 1
-
-
-def _preserved(model: nn.Module, units: list[Unit]):
-    "Keep everything but the units' weights and biases as it was."
-    def changed(p):
-        if not written: written.update(id(p) for u in units if u.written for p in u.parameters)
-        return id(p) in written
-
-    written: set[int] = set()
-    held = [r for u in units for r in u.refs if r.has_setter]
-    computed = [u.layer for u in units if not u.left_alone]
-    owned = [p for u in units if not u.left_alone for p in u.parameters]
-    return preserved(model, owned, held, computed, changed)
-
-
-def _but(loose: list[Held], units: list[Unit]) -> list[Held]:
-    "The loose parameters that no unit is made of."
-    taken = {id(p) for u in units if u.layer is not None for p in made_of(u.layer)}
-    return [h for h in loose if id(h.param) not in taken]
-
-
-@contextmanager
-def _as_on_rank_0(model: nn.Module) -> Iterator[None]:
-    "Begin on every rank with the weights of rank 0, or with slices of the same; put them back if anything is raised."
-    changed: list[tuple[Tensor, Tensor]] = []
-    try:
-        in_step(lambda: from_rank_0((p for p in model.parameters() if not is_lazy(p)), changed))
-        yield
-    except BaseException as e:
-        put_back([TensorItem(local(t), 'a parameter', was) for t, was in changed], beside=e)
-        raise
 
 
 def layer_stats(
@@ -270,17 +143,18 @@ def layer_stats(
             loose = loose_parameters(model)
             units = measurable(model, modules, loose)
             for u in units: prepare(u)
-            discovery = Discovery(_but(loose, units), wanted(model, modules, units), prepare)
-            return _stats(Passes(model, units, discovery=discovery), feed, loss, modules is not None)
+            discovery = Discovery(outside_of(units, loose), wanted(model, modules, units), prepare)
+            return _stats(model, units, discovery, feed, loss, modules is not None)
 
     return in_step(measured)
 
 
-def _stats(passes: Passes, feed: Feed, loss: Callable | None, chosen: bool) -> LSUVReport:
+def _stats(model: nn.Module, units: list[Unit], discovery: Discovery, feed: Feed, loss: Callable | None,
+           selected: bool) -> LSUVReport:
     "The report of one forward, and of the gradients of `loss` if there is one."
     gradients: dict[Unit, dict[str, float | None]] = {}
-    with preserved(passes.model) as kept, Generators().again():
-        n_passes = 1
+    with preserved(model) as kept, Generators().again():
+        passes,n_passes = Passes(model, units, discovery),1
         if passes(feed.batch, correct=False):  # layers were not called, and are looked for in operations
             kept.rewind()
             passes(feed.batch, correct=False, fresh=False)
@@ -288,9 +162,9 @@ def _stats(passes: Passes, feed: Feed, loss: Callable | None, chosen: bool) -> L
         if loss is not None:
             kept.rewind()
             gradients = gradients_of(passes, loss)
-    rows,held = _rows(passes, chosen)
-    rows = [replace(r, **gradients.get(u, {})) for r, u in zip(rows, _in_order(passes))]
-    return LSUVReport(rows, n_passes=n_passes + (loss is not None), outside=held.outside, coverage=held.share)
+    rows,coverage = rows_of(passes, selected)
+    rows = [replace(r, **gradients.get(u, {})) for r, u in zip(rows, in_order(passes))]
+    return LSUVReport(rows, n_passes=n_passes + (loss is not None), outside=coverage.outside, coverage=coverage.share)
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -308,43 +182,3 @@ def plain(model: nn.Module) -> nn.Module:
         raise ValueError(f"model: {on_meta!r} is on the meta device and holds no numbers; give the model memory first: "
                          "`model.to_empty(device=...)`")
     return model
-
-
-# ---- The rows of the report
-
-def _in_order(passes: Passes) -> list[Unit]:
-    "Those that ran in order of execution, then the others."
-    return [*passes.order, *(u for u in passes.units if u not in passes.order)]
-
-
-def _rows(
-    passes: Passes,
-    selected: bool,  # Whether `modules` selects some units, and not all
-    before: dict[Unit, tuple[float, float]] | None = None,  # Mean and std before anything was done
-    undone: bool = False  # Whether the weights were put back
-) -> tuple[list[Row], Coverage]:
-    "A row a unit, in order of execution, and what is in no row."
-    passes.units += passes.discovery.missed()
-    held = Coverage(passes.model, passes.units, passes.discovery, selected)
-    return [_row(u, weights_of(u, held.names), before or {}, undone) for u in _in_order(passes)], held
-
-
-def _row(u: Unit, weights: tuple[str, ...], before: dict[Unit, tuple[float, float]], undone: bool) -> Row:
-    status,was = u.verdict(),before.get(u, (None, None))
-    mean = std = float('nan')
-    mean_range = None
-    if u.latest is not None:
-        m = u.judged()
-        (mean, std),mean_range = _pair(m, u.target.per_channel),u.target.mean_range(m)
-    shape,passes,gain = u.latest.shape if u.latest is not None else (), u.passes, u.gain
-    if undone and u.written:
-        status,passes,gain = Status.UNDONE,0,1.
-        mean,std = was if was[0] is not None else (float('nan'), float('nan'))
-    return Row(u.name, u.kind, shape, mean, std, *was, passes, status.value, gain, mean_range, u.target.std_range(),
-               weights)
-
-
-def _pair(m: Moments, per_channel: bool) -> tuple[float, float]:
-    "Mean and std as two numbers; of channels, the mean of their means and the root mean square of their stds."
-    mean,std = m.stats(per_channel)
-    return float(mean.mean()), math.sqrt((std**2).mean())

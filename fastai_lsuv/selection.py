@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .units import Unit
-from .views import Held
+from .views import Source
 from .weights import is_layer, made_of
 
-__all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'wanted', 'is_named', 'names_in',
-           'names_module', 'some', 'RECURRENT']
+__all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'outside_of', 'wanted', 'is_named',
+           'names_in', 'names_module', 'some', 'RECURRENT']
 
 RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
 
@@ -24,7 +24,7 @@ RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
 def select_modules(
     model: nn.Module,
     modules: Any = None,  # Types, a function of a module, names or globs, modules, or a list; `None`: every layer
-    loose: Sequence[Held] = ()  # Parameters that an entry may name, or a module may hold, in place of layers
+    loose: Sequence[Source] = ()  # Parameters that an entry may name, or a module may hold, in place of layers
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
     named,what = list(model.named_modules()),type(model).__name__
@@ -53,17 +53,23 @@ def select_modules(
     return [(n, m) for n, m in named if id(m) in picked_ids]
 
 
-def loose_parameters(model: nn.Module) -> list[Held]:
+def loose_parameters(model: nn.Module) -> list[Source]:
     "The parameters that no layer of `model` is made of. An operation may take them as its weight or its bias."
     taken = {id(p) for m in model.modules() if is_layer(m) for p in made_of(m)}
     modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, RECURRENT)]
     named = ((n, m, k, p) for n, m in modules for k, p in m._parameters.items() if p is not None)
-    return [Held(f'{n}.{k}' if n else k, m, k, p) for n, m, k, p in named
+    return [Source(f'{n}.{k}' if n else k, m, k, p) for n, m, k, p in named
             if id(p) not in taken and not is_lazy(p) and p.is_floating_point()]
 
 
 def _entries(modules: Any) -> list:
     return list(modules) if isinstance(modules, (list, tuple, set, frozenset)) else [modules]
+
+
+def outside_of(units: Iterable[Unit], loose: Iterable[Source]) -> list[Source]:
+    "The loose parameters that no unit is made of."
+    taken = {id(p) for u in units if u.layer is not None for p in made_of(u.layer)}
+    return [s for s in loose if id(s.param) not in taken]
 
 
 def _names(entry: str, name: str) -> bool:
@@ -75,7 +81,7 @@ def wanted(
     model: nn.Module,
     modules: Any,  # As in `select_modules`
     units: Iterable[Unit]  # The modules that are measured
-) -> Callable[[str, Held], bool]:
+) -> Callable[[str, Source], bool]:
     """Which units that operations show are selected: by their name, by that of their parameter, or by a module that
     holds them and is no unit."""
     if modules is None: return lambda name, of: True
@@ -89,7 +95,7 @@ def wanted(
 def is_named(
     modules: Any,  # As in `select_modules`
     name: str,  # Of a part of a parameter
-    of: Held  # The parameter
+    of: Source  # The parameter
 ) -> bool:
     "Whether an entry is the name or a glob of a parameter, or of this part of it."
     return any(e in (name, of.name) or fnmatchcase(name, e) or fnmatchcase(of.name, e) for e in names_in(modules))
@@ -129,7 +135,7 @@ def some(names: Iterable[str], most: int = 8) -> str:
 def measurable(
     model: nn.Module,
     modules: Any = None,  # As in `select_modules`
-    loose: Sequence[Held] = ()  # As in `select_modules`
+    loose: Sequence[Source] = ()  # As in `select_modules`
 ) -> list[Unit]:
     "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
     for n, m in model.named_modules() if modules is None else select_modules(model, modules, loose):
@@ -148,7 +154,7 @@ def measurable(
 def find_units(
     model: nn.Module,
     modules: Any = None,  # As in `select_modules`
-    loose: Sequence[Held] = ()  # As in `select_modules`
+    loose: Sequence[Source] = ()  # As in `select_modules`
 ) -> list[Unit]:
     """The units of `model`, in order of registration, each with what it owns or why it is left alone.
 

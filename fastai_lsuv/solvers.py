@@ -4,18 +4,19 @@
 output in place. `RunAgain` is for every other unit. It runs the unit again on the input it was given, as the loops ask.
 `BetweenPasses` corrects a unit that is called several times in a forward pass, after a pass that ran it as it was.
 
-`choose_solver` chooses one of the first two when a unit is found; a pass gives it what the unit puts out (`observe`). A
-unit that turns out to be called several times gets the last, after the second pass on (`after_pass`)."""
+`choose_solver` chooses one of the first two, a `Solver`, when a unit is found. It is given what the unit puts out
+(`Solver.observe`). A unit that turns out to be called several times gets the last, from the second pass on
+(`BetweenPasses.after_pass`)."""
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .evidence import varies
+from .evidence import Context, varies
 from .loops import AffineMeter, Meter, run_loops
 from .moments import Evidence, Moments, channel_moments, first_tensor, whole_moments
 from .ranks import pool_ranks
@@ -23,7 +24,7 @@ from .sharded import Portion, is_engine_hook, portion, reduced, whole
 from .units import Unit
 from .weights import WeightRef, is_layer
 
-__all__ = ['ClosedForm', 'RunAgain', 'BetweenPasses', 'choose_solver', 'measure', 'biases', 'cloned']
+__all__ = ['Solver', 'ClosedForm', 'RunAgain', 'BetweenPasses', 'choose_solver', 'measure', 'biases', 'cloned']
 
 # A closed-form step costs nothing. A step of any other unit costs a run of the unit (the paper stops at 10 too).
 _MAX_STEPS,_MAX_RUNS = 100,10
@@ -33,7 +34,7 @@ def measure(
     u: Unit,
     x: Tensor,  # Its output
     by_channel: bool,  # Whether channels matter, or the whole is enough
-    *told: Any  # What else the moments rest on: the last fields of `Evidence`
+    context: Context
 ) -> Moments | None:  # `None` if no rank holds an element
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
@@ -41,8 +42,9 @@ def measure(
         x = part.local
         if x.numel(): m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
     if m is not None:
-        samples = min(m.evidence.samples, u.most_samples)
-        m = Moments(m.count, m.mean, m.var, Evidence(samples, m.evidence.top, *told))
+        most_samples,*others = context
+        samples = min(m.evidence.samples, most_samples)
+        m = Moments(m.count, m.mean, m.var, Evidence(samples, m.evidence.top, *others))
     return m if u.apart else pool_ranks(m, u.name, part.first)
 
 
@@ -66,12 +68,6 @@ def _loop(u: Unit, meter: Meter, max_steps: int) -> str:
     return run_loops(t.loops, meter, t.mean, t.std, t.tol*min(1., t.std), max_steps)
 
 
-def _mark(u: Unit) -> None:
-    "Note that the unit's weight or bias has changed."
-    u.changed = True
-    torch.clear_autocast_cache()  # it may hold the weight as it was, in half precision
-
-
 def _version(t: Tensor) -> Any:
     "What changes when `t` is written to. Inference tensors have no version. Each is taken as changed."
     return object() if t.is_inference() else t._version
@@ -82,32 +78,57 @@ def cloned(inputs: Any) -> Any:
     return tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, inputs)
 
 
+class Solver(Protocol):
+    "How a unit is corrected where it runs."
+    needs_input: bool  # Whether it is shown the input of a module (`keep_input`), before other hooks change it
+    needs_output: bool  # Whether it is shown the output (`keep_output`), before other hooks change it
+    running: bool  # Whether it runs the unit again
+    def keep_input(self, args: tuple, kwargs: dict) -> None: ...
+    def keep_output(self, out: Any) -> None: ...
+    def keep_call(self, again: Callable[[], Any]) -> None:
+        "Keep what runs a unit again that is no module."
+    def observe(self, out: Any) -> Any:
+        "Correct the unit by its output. Returns the corrected output, or `None` if `out` is to go on."
+    def clear(self) -> None:
+        "Let go of what was kept."
+
+
 class RunAgain:
     "Runs the unit again on the input it was given, as often as the loops ask."
     needs_input,needs_output = True,False
 
     def __init__(self, unit: Unit):
-        self.unit,self.running,self.given = unit,False,None
-        # A container, or another's hook, may overwrite what the unit is given before the unit runs again.
+        self.unit,self.running = unit,False
+        # A container, or another's hook, may overwrite the input before the unit runs again.
         self.copies = unit.is_module and (not is_layer(unit.module) or bool(unit.module._forward_pre_hooks))
-        self.call: Callable[..., Any] = unit.module
+        self.again: Callable[[], Any] | None = None
 
     def keep_input(self, args: tuple, kwargs: dict) -> None:
-        self.given = cloned((args, kwargs)) if self.copies else (args, kwargs)
+        if self.running: return
+        kept = cloned((args, kwargs)) if self.copies else (args, kwargs)
 
-    def clear(self) -> None: self.given = None
+        def again():
+            args,kwargs = cloned(kept) if self.copies else kept
+            return self.unit.module(*args, **kwargs)
+
+        self.keep_call(again)
+
+    def keep_output(self, out: Any) -> None: ...
+
+    def keep_call(self, again: Callable[[], Any]) -> None: self.again = again
+
+    def clear(self) -> None: self.again = None
 
     def run(self) -> Any:
-        "What the unit puts out for the input it was given."
-        args,kwargs = cloned(self.given) if self.copies else self.given
+        "What the unit puts out for its input, with its weights as they now are."
         self.running = True
-        try: return self.call(*args, **kwargs)
+        try: return self.again()
         finally: self.running = False
 
     def observe(self, out: Any) -> Any:  # The output to go on with, or `None` for `out`
         "Run the loops with each weight that may scale the output, until one responds."
         u = self.unit
-        if not varies(u.seen.moments[-1]): return None
+        if not varies(u.seen.now.moments[-1]): return None
         for weight in list(u.weights):
             meter = RunAgainMeter(self, weight, out)
             why = _loop(u, meter, _MAX_RUNS)
@@ -125,10 +146,9 @@ class RunAgain:
         u = self.unit
         u.weights.sort(key=lambda w: w is not meter.weight)
         if meter.moved:
-            u.scaled(meter.gain)
-            u.history.clear()
-            _mark(u)
-        u.seen.moments[-1] = meter.moments
+            u.note_change(meter.gain)
+            u.seen.earlier = []
+        u.seen.now.moments[-1] = meter.moments
         return meter.out
 
 
@@ -140,15 +160,15 @@ class RunAgainMeter:
         u = solver.unit
         self.solver,self.unit,self.weight = solver,u,weight
         self.can_shift,self.moved,self.stale,self.gain = u.can_shift,False,False,np.float64(1)
-        self.first = self.moments,self.out = u.seen.moments[-1],out
+        self.first = self.moments,self.out = u.seen.now.moments[-1],out
         self.was = [(r, r.copy()) for r in (weight, u.bias) if r is not None]
 
     def stats(self) -> tuple[np.ndarray, np.ndarray]:
         if self.stale:
             self.out = self.solver.run()
             e = self.first[0].evidence
-            told = e.spread,e.normed,e.alike,e.batch
-            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.by_channel, *told)
+            context = Context(e.samples, e.spread, e.normed, e.alike, e.batch)
+            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.now.by_channel, context)
             self.stale = False
         return self.moments.stats(self.unit.target.per_channel)
 
@@ -189,7 +209,9 @@ class ClosedForm:
     def keep_input(self, args: tuple, kwargs: dict) -> None: self.fallback.keep_input(args, kwargs)
 
     def keep_output(self, out: Any) -> None:
-        if isinstance(out, Tensor): self.raw = out,_version(out)
+        if isinstance(out, Tensor) and not self.running: self.raw = out,_version(out)
+
+    def keep_call(self, again: Callable[[], Any]) -> None: ...  # one output tells all
 
     def clear(self) -> None:
         self.raw = None
@@ -204,21 +226,19 @@ class ClosedForm:
     @np.errstate(all='ignore')
     def _solve(self, x: Tensor) -> None:
         u,b = self.unit,biases(self.unit)
-        if b.ndim and not u.seen.by_channel:  # the biases were alike when they were looked at
+        if b.ndim and not u.seen.now.by_channel:  # the biases were alike when they were looked at
             u.biases_differ = True
             return
-        now = u.recent()
-        meter = AffineMeter(now.affine(1., -b), b, u.bias is not None, u.target.per_channel)
-        if varies(meter.z, now): u.reason = _loop(u, meter, _MAX_STEPS)
+        recent = u.seen.recent()
+        meter = AffineMeter(recent.affine(1., -b), b, u.bias is not None, u.target.per_channel)
+        if varies(meter.z, recent): u.reason = _loop(u, meter, _MAX_STEPS)
         a,shift = meter.weight_scale,meter.bias_shift
         if u.reason or ((a == 1).all() and (shift == 0).all()): return
         u.weights[0].mul(a)
         if u.bias is not None: u.bias.add(shift)
-        u.scaled(a)
-        _mark(u)
+        u.note_change(a)
         offset = (1 - a)*b + shift
-        u.seen.moments = [m.affine(a, offset) for m in u.seen.moments]
-        u.history = [m.affine(a, offset) for m in u.history if m.mean.shape == now.mean.shape]
+        u.seen.transform(a, offset)
         _mend(part_held(u, x), a, offset, u.channel_dim)
 
 
@@ -254,12 +274,12 @@ class BetweenPasses:
     @np.errstate(all='ignore')
     def after_pass(self) -> bool:
         "Correct the unit if it is off its target. Returns whether it was changed."
-        u,t,m = self.unit,self.unit.target,self.unit.seen.pooled
+        u,t,m = self.unit,self.unit.target,self.unit.seen.now.pooled
         if not varies(m) or u.met(m): return False
         u.reason = u.doubts(m)
         if u.reason: return False
         mean,std = m.stats(t.per_channel)
-        calls = len(u.seen.moments)
+        calls = len(u.seen.now.moments)
         power,height = np.full_like(std, calls**0.5),np.log(std/t.std)
         if self.height is not None:
             slope = (height - self.height)/self.step
@@ -267,12 +287,10 @@ class BetweenPasses:
         step = np.where(np.isfinite(height), -height/power, 0.) if t.scales else np.zeros_like(std)
         self.height,self.step = height,step
         u.weights[0].mul(np.exp(step))
-        u.scaled(np.exp(step))
         if u.can_shift and t.shifts: u.bias.add(t.mean - mean)
-        _mark(u)
+        u.note_change(np.exp(step))
         return True
 
 
-def choose_solver(unit: Unit) -> ClosedForm | RunAgain:
-    "How the hook corrects a unit."
+def choose_solver(unit: Unit) -> Solver:
     return ClosedForm(unit) if unit.affine else RunAgain(unit)

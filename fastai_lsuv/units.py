@@ -1,12 +1,11 @@
 """What is normalized: a `Unit` is a module whose output is measured, with the weight and the bias that it owns.
 
-A `Unit` knows its name, its target, what passes have seen of it (`Observation`), what was done to it and why not.
-`Unit.verdict` is the one place where a `Status` is decided. `selection` makes the units of a model, `passes` shows them
-their output, `solvers` corrects them."""
+A `Unit` knows its name, its `Target`, what was done to it and why not. What passes have seen of it is in `Unit.seen`.
+`Unit.verdict` is the one place where a `Status` is decided. `selection` makes the units of a model, `correction` starts
+and measures them, `solvers` corrects them."""
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Iterable
 
 import numpy as np
@@ -15,15 +14,14 @@ from torch import Tensor, nn
 
 from .evidence import doubt, mean_tolerance, varies
 from .loops import Loops
-from .moments import Moments, pool
+from .moments import Moments
+from .observations import RECENT, Observations
 from .sharded import Shards, class_of
 from .status import DOUBTS, Status
 from .weights import Parts, WeightRef, parts_of
 
-__all__ = ['Target', 'Observation', 'Unit']
+__all__ = ['Target', 'Unit']
 
-# Passes that are pooled where fresh mini-batches disagree.
-_RECENT = 4
 # With `per_channel`, one channel may be this many `batch_tol`s off while their mean is within one.
 _ONE_CHANNEL = 5
 
@@ -58,6 +56,21 @@ class Target:
         off = abs(std[std > 0]/self.std - 1)
         return off.size > 0 and bool(off.mean() <= self.batch_tol and off.max() <= _ONE_CHANNEL*self.batch_tol)
 
+    def met(self,
+        m: Moments,
+        can_shift: bool  # Whether there is a bias that moves the mean
+    ) -> bool:
+        if self.scales and not self.std_met(m): return False
+        return not (self.ends_with_mean and can_shift) or self.mean_met(m)
+
+    def gain(self, m: Moments) -> float:
+        "The factor that brings the std to its target; the median over the channels that vary."
+        if not self.scales: return 1.
+        _,std = m.stats(self.per_channel)
+        if not std.ndim: return float(self.std/std) if std > 0 else 1.
+        varying = std[std > 0]
+        return float(np.median(self.std/varying)) if varying.size else 1.
+
     def std_range(self) -> tuple[float, float] | None:
         "Where a std counts as at the target; `None` if no loop aims at it."
         return ((1 - self.batch_tol)*self.std, (1 + self.batch_tol)*self.std) if self.scales else None
@@ -71,20 +84,6 @@ class Target:
         "Whether the mean is as close to its target as so many samples can tell."
         mean,_ = m.stats(self.per_channel)
         return bool(abs(mean - self.mean).mean() <= mean_tolerance(m.evidence, self.batch_tol)*self.std)
-
-
-@dataclass
-class Observation:
-    "What one pass sees of a unit."
-    by_channel: bool  # Whether the moments tell channels apart: biases differ, or each channel is normalized
-    shape: tuple[int, ...] = ()  # Of the output, in the last call
-    moments: list[Moments] = field(default_factory=list)  # Of each call's output, under the weights as they now are
-
-    @property
-    def pooled(self) -> Moments: return pool(self.moments)
-
-    @property
-    def repeated(self) -> bool: return len(self.moments) > 1
 
 
 class Unit:
@@ -107,12 +106,7 @@ class Unit:
         self.anothers_bias: WeightRef | None = None  # A bias that a unit before this one owns
         self.left_alone = 'frozen' if parts.frozen else ''
         self.target: Target | None = None
-        # What passes see
-        self.most_samples = sys.maxsize  # In the mini-batch: an operation may see their tokens side by side, as rows
-        self.seen: Observation | None = None  # In this pass
-        self.last: Observation | None = None  # In the last pass before this one that ran it
-        self.history: list[Moments] = []  # Of recent passes, under the weights as they now are
-        self.comparable = True  # Whether what this pass sees can be pooled with what the next sees
+        self.seen = Observations()
         # What is done, and why not
         self.passes = 0  # That changed the weight or the bias
         self.gain = 1.  # Factor of the weight since its start
@@ -138,30 +132,24 @@ class Unit:
         return [p for m in {self.module, self.layer} for p in m.parameters(recurse=m is self.layer)]
 
     @property
-    def _layers_own(self) -> Iterable[nn.Parameter | None]: return self.layer._parameters.values()
+    def versioned(self) -> Iterable[Tensor | None]:
+        "The tensors whose version tells of a change."
+        return [*self.layer._parameters.values(), *(r.value for r in self.refs if not r.has_setter)]
 
     @property
     def can_shift(self) -> bool: return self.bias is not None and not self.immovable
 
     # ---- A pass
 
-    def begin(self, fresh: bool = True) -> None:
+    def begin_pass(self, fresh: bool = True) -> None:
         "Begin a pass, on another mini-batch than the last or (not `fresh`) on the same."
-        if self.seen is not None:
-            self.last = self.seen
-            m = self.seen.pooled
-            if self.comparable and not self.doubts(m): self.history.append(m)
-            if not fresh: self.history = []  # the same samples tell nothing more
-        self.seen,self.changed,self.comparable = None,False,True
+        self.seen.begin_pass(fresh, self.seen.now is not None and not self.doubts(self.seen.now.pooled))
+        self.changed = False
         if self.reason in DOUBTS: self.reason = ''  # a fresh mini-batch may be better
 
-    def forget(self) -> None:
-        "Forget what passes have seen."
-        self.seen = self.last = None
-        self.history = []
-
-    @property
-    def latest(self) -> Observation | None: return self.seen or self.last
+    def end_pass(self) -> None:
+        self.passes += self.changed
+        self.written |= self.changed
 
     def claim(self, owners: dict[Any, Unit]) -> bool:
         "Whether the unit may be changed: the first unit that runs with a weight or a bias owns it."
@@ -174,59 +162,40 @@ class Unit:
 
     def due(self) -> bool:
         "Whether to correct the unit now: in the first pass that runs it, and later if it is off its target."
-        if self.last is None: return True
-        return not (self.last.repeated or self.seen.repeated or self.met(self.judged()))
+        seen = self.seen
+        return seen.last is None or not (seen.last.repeated or seen.now.repeated or self.met(self.judged()))
 
     def met(self, m: Moments) -> bool:
         "Whether these moments meet the target."
-        if self.target.scales and not self.target.std_met(m): return False
-        return not (self.target.ends_with_mean and self.can_shift) or self.target.mean_met(m)
-
-    def recent(self) -> Moments:
-        "What to correct from: the last pass, and from the third correction on, recent passes with it."
-        m = self.latest.pooled
-        before = [h for h in self.history[1 - _RECENT:] if h.mean.shape == m.mean.shape]
-        return pool([*before, m]) if len(before) > 1 else m
+        return self.target.met(m, self.can_shift)
 
     def judged(self) -> Moments:
         "What tells whether the target is met: the last pass, or recent passes where mini-batches keep disagreeing."
-        m = self.latest.pooled
-        return m if len(self.history) < _RECENT - 1 or self.met(m) else self.recent()
+        m = self.seen.latest.pooled
+        return m if len(self.seen.earlier) < RECENT - 1 or self.met(m) else self.seen.recent()
 
     def doubts(self,
         m: Moments,
         x: Tensor | None = None  # The output that they are of, if it is at hand
     ) -> str:
         "Why the unit is not to be corrected from these moments, or \"\"."
-        _,std = m.stats(self.target.per_channel)
-        size = self.weights[0].size if self.weights else lambda: 1.
-        return doubt(m, self._needed(std) if self.target.scales else 1., size, x)
+        return doubt(m, self.target.gain(m), self.weights[0].size if self.weights else lambda: 1., x)
 
-    def _needed(self, std: np.ndarray) -> float:
-        "The factor that brings the std to its target; the median over the channels that vary."
-        if not std.ndim: return float(self.target.std/std) if std > 0 else 1.
-        varying = std[std > 0]
-        return float(np.median(self.target.std/varying)) if varying.size else 1.
-
-    def scaled(self, by: np.ndarray | float) -> None:
-        "Note that the weight was multiplied by `by`."
-        self.gain *= float(np.exp(np.mean(np.log(by))) if np.ndim(by) else by)
-
-    def end(self) -> None:
-        "End a pass."
-        self.passes += self.changed
-        self.written |= self.changed
+    def note_change(self, scale: np.ndarray | float = 1.) -> None:
+        "Note that the bias or the weight has changed, the weight by a factor of `scale`."
+        self.gain *= float(np.exp(np.mean(np.log(scale))) if np.ndim(scale) else scale)
+        self.changed = True
+        torch.clear_autocast_cache()  # it may hold the weight as it was, in half precision
 
     def finish(self) -> None:
         "Tell autograd, and all who look at a tensor's version, that the weights and biases have been written."
         if not self.written: return
-        for t in {*self._layers_own, *(r.value for r in self.refs if not r.has_setter)}:
-            if isinstance(t, Tensor) and not t.is_inference():
-                torch.autograd.graph.increment_version(t)
+        for t in set(self.versioned):
+            if isinstance(t, Tensor) and not t.is_inference(): torch.autograd.graph.increment_version(t)
 
     def verdict(self) -> Status:
         "What became of the unit, as the last pass found it."
-        if self.latest is None: return Status.NOT_CALLED
+        if self.seen.latest is None: return Status.NOT_CALLED
         m = self.judged()
         if not m.finite(): return Status.NON_FINITE
         if not varies(m): return Status.CONSTANT

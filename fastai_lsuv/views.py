@@ -17,17 +17,17 @@ from .operations import Layout
 from .sharded import is_sharded, local, part_of
 from .weights import WeightRef
 
-__all__ = ['Held', 'View', 'ViewRef', 'Copy', 'Sources']
+__all__ = ['Source', 'View', 'ViewRef', 'Copy', 'Sources']
 
 
 @dataclass(frozen=True)
-class Held:
-    "A parameter, and the module that holds it."
+class Source:
+    "A parameter that a tensor may come from, and the module that holds it."
     name: str  # As in `named_parameters()`
     module: nn.Module
     attribute: str
     param: nn.Parameter
-    unit: Any = None  # The unit whose layer holds it, if the model applies it without calling the layer
+    unit: Any = None  # The unit whose layer holds it, if the model does not call the layer
 
     @property
     def now(self) -> nn.Parameter:
@@ -39,7 +39,7 @@ class Held:
 class Copy:
     "A tensor that was computed from a view of a parameter, converted or multiplied by a number."
     ref: TensorWeakRef
-    source: Tensor  # The view, or another copy
+    original: Tensor  # The view, or another copy
     factor: Any  # The number, or a tensor of one
     of: View  # The elements that it is a copy of, in its own shape
 
@@ -47,29 +47,29 @@ class Copy:
     def refresh(self) -> None:
         "Compute it again, once the parameter has changed."
         if self.of.copy is not None: self.of.copy.refresh()
-        if (copy := self.ref()) is not None: copy.data.copy_(self.source.detach()*self.factor)
+        if (copy := self.ref()) is not None: copy.data.copy_(self.original.detach()*self.factor)
 
 
 @dataclass(frozen=True)
 class View:
     "Elements of a parameter, in the order that an operation sees them."
-    held: Held
+    source: Source
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     copy: Copy | None = field(default=None, compare=False)  # The copy that the operation was given, if it was one
 
     @property
-    def tensor(self) -> Tensor: return self.held.now.data.as_strided(self.size, self.stride, self.offset)
+    def tensor(self) -> Tensor: return self.source.now.data.as_strided(self.size, self.stride, self.offset)
 
     @property
-    def recipe(self) -> tuple: return self.held.name, self.offset, self.size, self.stride
+    def recipe(self) -> tuple: return self.source.name, self.offset, self.size, self.stride
 
     @property
     def count(self) -> int: return math.prod(self.size)
 
     @property
-    def whole(self) -> bool: return self.count == self.held.param.numel()
+    def whole(self) -> bool: return self.count == self.source.param.numel()
 
     @property
     def end(self) -> int:
@@ -79,19 +79,19 @@ class View:
     def once(self) -> View:
         "Without the dimensions along which it repeats."
         size = tuple(1 if s == 0 else n for n, s in zip(self.size, self.stride))
-        return View(self.held, self.offset, size, self.stride, self.copy)
+        return View(self.source, self.offset, size, self.stride, self.copy)
 
     def flat(self) -> View:
         "Without the dimensions of one element, of a bias."
         kept = [d for d, n in enumerate(self.size) if n > 1] or [len(self.size) - 1]
         size,stride = (tuple(of[d] for d in kept) for of in (self.size, self.stride))
-        return View(self.held, self.offset, size, stride, self.copy)
+        return View(self.source, self.offset, size, stride, self.copy)
 
     def key(self, dims: Iterable[int] = ()) -> Any:
         "Identifies the elements, and those among their dimensions that are named."
         steps = [(n, s) for n, s in zip(self.size, self.stride) if n > 1]
         named = [s for d in dims if self.size[d] > 1 for s in [self.stride[d]]]
-        return id(self.held.param), self.offset, frozenset(steps), frozenset(named)
+        return id(self.source.param), self.offset, frozenset(steps), frozenset(named)
 
     def overlaps(self, other: View) -> bool:
         "Whether some element is in both."
@@ -104,10 +104,10 @@ class View:
     @property
     def name(self) -> str:
         "The parameter's name, with an index if the view is a part of it: `experts.up[3]`, `qkv[:, 0:64]`."
-        return self.held.name if self.whole else f'{self.held.name}[{self._index()}]'
+        return self.source.name if self.whole else f'{self.source.name}[{self._index()}]'
 
     def _index(self) -> str:
-        p = self.held.param
+        p = self.source.param
         first = self.offset - p.storage_offset()
         start = _place(first, p.shape, p.stride())
         parts = [':' if n == 1 else str(i) for i, n in zip(start, p.shape)]
@@ -121,7 +121,7 @@ class View:
 
     def index(self) -> int | None:
         "Which slice along dimension 0 it is, if it is one."
-        p = self.held.param
+        p = self.source.param
         first = self.offset - p.storage_offset()
         is_slice = p.dim() > 2 and p.is_contiguous() and self.count == p.stride(0) == self.end - self.offset
         return first//p.stride(0) if is_slice and first % p.stride(0) == 0 else None
@@ -146,7 +146,7 @@ def _part(t: Tensor, base: Tensor, copy: Copy) -> View | None:
         if last != [a + (n - 1)*b for a, b in zip(start, step)]: return None
         steps.append(sum(b*r for b, r in zip(step, of.stride)))
     offset = of.offset + sum(a*r for a, r in zip(start, of.stride))
-    return View(of.held, offset, tuple(t.shape), tuple(steps), copy)
+    return View(of.source, offset, tuple(t.shape), tuple(steps), copy)
 
 
 class ViewRef(WeightRef):
@@ -156,11 +156,11 @@ class ViewRef(WeightRef):
         layout: Layout | None = None  # What its dimensions are for; `None` for a bias, of one dimension
     ):
         self.view,self.layout = view,layout or Layout((0,), (), (), (0,), -1)
-        super().__init__(view.held.module, view.held.attribute)
+        super().__init__(view.source.module, view.source.attribute)
         self.has_setter = False
 
     @property
-    def value(self) -> nn.Parameter: return self.view.held.param
+    def value(self) -> nn.Parameter: return self.view.source.param
 
     @property
     def tensor(self) -> Tensor: return self.layout.of(self.view.tensor)
@@ -192,7 +192,7 @@ class ViewRef(WeightRef):
 
     @property
     def _tensors(self) -> list[Tensor]:
-        gathered = self.view.held.now is not self.shard
+        gathered = self.view.source.now is not self.shard
         return [*([self.tensor] if gathered else []), *([self.shard] if self.shard is not None else [])]
 
     @torch.no_grad()
@@ -224,26 +224,26 @@ class ViewRef(WeightRef):
 
 class Sources:
     "Parameters that a tensor may come from."
-    def __init__(self, held: Iterable[Held]):
-        self.by_id: dict[int, Held] = {}
-        self.by_storage: dict[int, list[Held]] = {}
-        self.sharded: list[Held] = []
+    def __init__(self, sources: Iterable[Source]):
+        self.by_id: dict[int, Source] = {}
+        self.by_storage: dict[int, list[Source]] = {}
+        self.sharded: list[Source] = []
         self.copies: dict[int, Copy] = {}
         self.matrices = False  # Whether some have two or more dimensions
-        self.add(held)
+        self.add(sources)
 
-    def add(self, held: Iterable[Held]) -> None:
-        for h in held:
-            shard = is_sharded(h.param)
-            if id(h.param) in self.by_id or not (shard or type(h.param) is nn.Parameter): continue
-            self.by_id[id(h.param)] = h
-            self.matrices |= h.param.dim() > 1
-            if shard: self.sharded.append(h)
-            else: self._stored(h)
+    def add(self, sources: Iterable[Source]) -> None:
+        for s in sources:
+            shard = is_sharded(s.param)
+            if id(s.param) in self.by_id or not (shard or type(s.param) is nn.Parameter): continue
+            self.by_id[id(s.param)] = s
+            self.matrices |= s.param.dim() > 1
+            if shard: self.sharded.append(s)
+            else: self._stored(s)
 
-    def _stored(self, h: Held) -> None:
-        held = self.by_storage.setdefault(h.now.untyped_storage()._cdata, [])
-        if h not in held: held.append(h)
+    def _stored(self, s: Source) -> None:
+        stored = self.by_storage.setdefault(s.now.untyped_storage()._cdata, [])
+        if s not in stored: stored.append(s)
 
     def locate(self) -> None:
         "Note anew where the parameters are in memory. Training may have moved them."
@@ -253,24 +253,26 @@ class Sources:
 
     def _look_again(self) -> None:
         "Take in the gathered copies of sharded parameters."
-        for h in self.sharded:
-            if type(now := h.now) is not nn.Parameter or id(now) in self.by_id: continue
-            self.by_id[id(now)] = h
-            self._stored(h)
+        for s in self.sharded:
+            if type(now := s.now) is not nn.Parameter or id(now) in self.by_id: continue
+            self.by_id[id(now)] = s
+            self._stored(s)
+
+    def forget_copies(self) -> None: self.copies = {}
 
     def find(self, t: Any) -> View | None:
         "The elements of a parameter that `t` holds, as they are or as a copy; `None` if it holds others."
         if self.sharded: self._look_again()
         if type(t) is nn.Parameter:
-            h = self.by_id.get(id(t))
-            return View(h, t.storage_offset(), tuple(t.shape), t.stride()) if h is not None else None
+            s = self.by_id.get(id(t))
+            return View(s, t.storage_offset(), tuple(t.shape), t.stride()) if s is not None else None
         if type(t) is not Tensor: return None
-        try: held = self.by_storage.get(t.untyped_storage()._cdata)
+        try: stored = self.by_storage.get(t.untyped_storage()._cdata)
         except RuntimeError: return None  # a sparse tensor has no storage
-        if held is not None:
+        if stored is not None:
             at = t.storage_offset()
-            h = next((h for h in held if 0 <= at - h.now.storage_offset() < h.now.numel()), None)
-            return View(h, at, tuple(t.shape), t.stride()) if h is not None else None
+            s = next((s for s in stored if 0 <= at - s.now.storage_offset() < s.now.numel()), None)
+            return View(s, at, tuple(t.shape), t.stride()) if s is not None else None
         if not self.copies: return None
         base = t._base if t._is_view() else t
         c = self.copies.get(id(base))

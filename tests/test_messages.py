@@ -433,7 +433,8 @@ OUT_OF_REACH = {
     'items.py': ['takes no other memory'],
     'views.py': ['channels; pass per_channel=False, or leave it out'],
     'state.py': ['the forward pass writes to it, and its'],
-    'lsuv.py': ['LSUV put the weights back, because', 'a sharded model', 'before it is cut into stages'],
+    'run.py': ['LSUV put the weights back, because'],
+    'lsuv.py': ['a sharded model', 'before it is cut into stages'],
     'moments.py': ['is empty; pass mini-batches'],
     'hooks.py': ['missed some layers in this step'],
     'sharded.py': [''],  # all of them

@@ -62,14 +62,14 @@ class FitRecording:
             self.store.reach(epoch, step)
             due = step % self.options.every == 0 and self.store.is_due('train')
         self.hooks.start(due)
-        self.operations.start(due)
+        self.operations.begin_step(due)
         if due:
             self.watch.attach(model)
 
     def after_pred(self, model: nn.Module):
         "Stop measuring: what runs the model from here to the next batch is not its forward pass."
         self.hooks.stop()
-        self.operations.start(False)
+        self.operations.begin_step(False)
         self.watch.detach()
         if self.phase == 'train' and self.hooks.due and not self.operations.settled and not self.hooks.misses(model):
             self._settle()

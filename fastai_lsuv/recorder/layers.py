@@ -63,7 +63,7 @@ def layers_of(
         label = _labelled(name, f'{u.kind} {into}>{out}')
         # What follows a module follows its operation if this is all that the module does.
         trouble = (None, True) if any(True for _ in m.children()) else around.trouble(m)
-        place = *around.place(m), list(m._parameters).index(view.held.attribute), view.offset
+        place = *around.place(m), list(m._parameters).index(view.source.attribute), view.offset
         layers.append(RecordedLayer(name, label, *trouble, place))
     return layers
 

@@ -14,17 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from ..conditions import Functions
-from ..discovery import Discovery, OperationUnit, Use
+from ..discovery import Discovery, OperationUnit
+from ..hooks import OperationHooks
 from ..operations import COPIES
 from ..selection import is_named, loose_parameters, names_in, names_module, select_modules, some
 from ..units import Unit
-from ..views import Held
+from ..views import Source
 
 __all__ = ['RecordedOperations', 'ForwardWatch']
 
 
-class RecordedOperations(Discovery):
-    "The linear operations on parameters that no layer applies. It measures what they put out, and changes nothing."
+class RecordedOperations:
+    """The linear operations on parameters that no layer applies, and an `Observer` of them.
+
+    It measures what they put out, and changes nothing."""
+    changes = in_graph = False
+
     def __init__(self,
         model: nn.Module,
         modules: Any,  # As `ActivationStatsRecorder` takes
@@ -34,11 +39,11 @@ class RecordedOperations(Discovery):
         self.model,self.modules,self.layers,self.take = model,modules,layers,take
         loose = loose_parameters(model)
         self.holders = {id(m) for _, m in select_modules(model, modules, loose)} if modules is not None else set()
-        super().__init__(loose, self._selects, lambda u: None)
+        self.discovery = Discovery(loose, self._selects, lambda u: None)
         self.names: dict[OperationUnit, str] = {}  # Of those that are recorded
         self.seen: dict[str, None] = {}  # Names of all operations on such parameters, recorded or not
         self.recording = self.settled = False
-        self.adopting = False  # Whether the weights of layers that were not called are looked for
+        self.looked_for_uncalled = False  # Whether the weights of layers that were not called are looked for
         self.n_uses = 0
         self.useful: set[Callable] = set()  # Functions that showed an operation, or copied a weight
         self.mode = self._mode()
@@ -50,21 +55,22 @@ class RecordedOperations(Discovery):
 
     def _mode(self) -> Functions | None:
         "What sees the functions. `torch.compile`d code leaves its graph for it, so that it sees numbers."
-        known = {f: h for f, h in self.handlers.items() if not self.settled or f in self.useful}
-        seen = {f: self._noting(f, h) for f, h in known.items()}
+        handlers,_ = OperationHooks(self.discovery, self).functions
+        seen = {f: self._noting(h) for f, h in handlers.items() if not self.settled or f in self.useful}
         if 'torch._dynamo' in sys.modules: seen = {f: torch.compiler.disable(h) for f, h in seen.items()}
         return Functions(seen) if seen else None
 
-    def _noting(self, func: Callable, handler: Callable) -> Callable:
+    def _noting(self, handler: Callable) -> Callable:
         "A handler that notes whether its function is of use."
-        def handle(run, args, kwargs):
-            before = self.n_uses, len(self.sources.copies)
-            out = handler(run, args, kwargs)
-            if before != (self.n_uses, len(self.sources.copies)): self.useful.add(func)
+        def handle(func, run, args, kwargs):
+            copies = self.discovery.sources.copies
+            before = self.n_uses, len(copies)
+            out = handler(func, run, args, kwargs)
+            if before != (self.n_uses, len(copies)): self.useful.add(func)
             return out
         return handle
 
-    def _selects(self, name: str, of: Held) -> bool:
+    def _selects(self, name: str, of: Source) -> bool:
         """Whether an operation is recorded: by its name, that of its parameter, or the module that holds this.
 
         Those inside an attention have to be computed again, and so are recorded only by name."""
@@ -73,27 +79,25 @@ class RecordedOperations(Discovery):
         if isinstance(of.module, nn.MultiheadAttention): return False
         return self.modules is None or id(of.module) in self.holders
 
-    def start(self, recording: bool) -> None:
-        "Begin a step."
+    def begin_step(self, recording: bool) -> None:
         self.recording = recording
-        if recording and not self.idles: self.sources.locate()
+        if recording and not self.idles: self.discovery.sources.locate()
 
     def settle(self, called: set[str]) -> bool:  # Whether this was the last step that looks for operations
         "End the first step. If layers were not called, their parents may apply their weights: look once more."
-        if not self.adopting and self._adopts(called): return False
-        for u in self.missed():
-            self.units[self._key(u.weight.view, u.weight.layout)] = u
-            self.found(u, None)
+        if not self.looked_for_uncalled and self._looks_for_uncalled(called): return False
+        self.discovery.close()
+        for u in self.discovery.units.values(): self.start(u)
         self.settled = True
         if not any(f not in COPIES for f in self.useful): self.useful = set()
         self.mode = self._mode()
         return True
 
-    def _adopts(self, called: set[str]) -> bool:
-        missed = [Unit(n, m) for n, m in self.layers.items() if n not in called]
-        for u in missed: u.left_alone = ''
-        self.adopting = True
-        if not self.adopt(missed): return False
+    def _looks_for_uncalled(self, called: set[str]) -> bool:
+        uncalled = [Unit(n, m) for n, m in self.layers.items() if n not in called]
+        for u in uncalled: u.left_alone = ''
+        self.looked_for_uncalled = True
+        if not self.discovery.look_for(uncalled): return False
         self.mode = self._mode()
         return True
 
@@ -107,7 +111,7 @@ class RecordedOperations(Discovery):
     @property
     def problem(self) -> str:
         "What is wrong with `modules`, as the first step has shown; \"\" if nothing is."
-        recorded = [(n, u.weight.view.held) for u, n in self.names.items()]
+        recorded = [(n, u.weight.view.source) for u, n in self.names.items()]
         for e in names_in(self.modules):
             if names_module(e, self.model) or any(is_named(e, *r) for r in recorded): continue
             there = some(self.seen) or 'none'
@@ -117,24 +121,18 @@ class RecordedOperations(Discovery):
         return (f"model: {type(self.model).__name__} has no conv, linear, attention or recurrent layer, and applies "
                 "no weight; name what to record with `modules`")
 
-    # ---- What `Discovery` asks and tells
+    # ---- As an observer
 
-    in_graph = False
+    @property
+    def busy(self) -> bool: return not self.recording
 
-    def idle(self) -> bool: return not self.recording or torch._C._functorch.peek_interpreter_stack() is not None
+    def start(self, u: OperationUnit) -> bool:
+        self.names.setdefault(u, u.name.replace('_orig_mod.', ''))
+        return False
 
-    def before(self, use: Use) -> None: pass
-
-    def after(self, use: Use, out: Any, again: Callable[[], Any]) -> Any:
+    def observe(self, u: OperationUnit, out: Any, again: Any = None, rows: slice | None = None) -> None:
         self.n_uses += 1
-        if use.unit in self.names: self.take(self.names[use.unit], out, use.rows)
-        return out
-
-    def _new(self, *args) -> OperationUnit | None:
-        "What the first step has not shown is not recorded: there is no end to the slices that a model may take."
-        return None if self.settled else super()._new(*args)
-
-    def found(self, u: OperationUnit, adopted: Unit | None) -> None: self.names[u] = u.name.replace('_orig_mod.', '')
+        self.take(self.names[u], out, rows)
 
 
 class ForwardWatch:
@@ -174,7 +172,7 @@ class ForwardWatch:
             raise
         finally:
             self.inside = False
-            self.operations.end()
+            self.operations.discovery.sources.forget_copies()
 
     def __reduce__(self): return _itself, (self.forward,)
 

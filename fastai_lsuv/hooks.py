@@ -1,0 +1,126 @@
+"""What shows each unit to an `Observer` as the model runs: hooks on modules, and handlers of linear operations.
+
+`hooked` puts hooks on the units that are modules. `OperationHooks` handles the functions that `conditions.Functions`
+sees, and asks `Discovery` which units they use. The observer is asked to start a unit before it runs, and is shown
+its output after."""
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .attention import arguments_of, beside, input_projections, with_projected
+from .discovery import Discovery, Use
+from .operations import COPIES, OPERATIONS
+from .sharded import engine_hooks, forwards
+from .solvers import Solver
+from .units import Unit
+
+__all__ = ['Observer', 'hooked', 'OperationHooks']
+
+
+class Observer(Protocol):
+    "Who is shown the units."
+    changes: bool  # Whether it may change a unit: it is to start units, and solvers are shown inputs and outputs
+    busy: bool  # Whether it is to be shown nothing: it runs a unit again, say
+    in_graph: bool  # Whether gradients are to reach what it is shown. They reach what the model goes on with
+    def start(self, u: Unit) -> bool:
+        "Give the unit its starting weights, if it is due. Returns whether its weights have changed."
+    def observe(self, u: Unit, out: Any, again: Callable[[], Any] | None = None, rows: slice | None = None) -> Any:
+        """See the output of a unit. If it is no module: what runs it again, and which rows are its own, if not all.
+
+        Returns the output to go on with, or `None` if that is `out`."""
+
+
+# ---- Modules
+
+@contextmanager
+def hooked(model: nn.Module, solvers: Mapping[Unit, Solver], observer: Observer) -> Iterator[None]:
+    "Forwards of `model` are run inside, with hooks on each unit that is a module."
+    with ExitStack() as stack:
+        stack.enter_context(forwards(model))
+        for u, solver in solvers.items():
+            if not u.is_module: continue
+            for handle in _hooks(u, solver, observer): stack.callback(handle.remove)
+        yield
+
+
+def _hooks(u: Unit, solver: Solver, observer: Observer) -> Iterable[RemovableHandle]:
+    "Hooks on one unit. Those that keep the input or the output come ahead of others' hooks, which may change it."
+    m = u.module
+    engine = engine_hooks(m)  # torch's own hooks gather the weights, and take them away
+
+    def keep_input(module, args, kwargs): solver.keep_input(args, kwargs)
+    def keep_output(module, args, out): solver.keep_output(out)
+    def start(module, args): observer.start(u)
+    def observe(module, args, out): return observer.observe(u, out)
+
+    if observer.changes:
+        if solver.needs_input: yield m.register_forward_pre_hook(keep_input, prepend=True, with_kwargs=True)
+        if solver.needs_output: yield m.register_forward_hook(keep_output, prepend=True)
+        yield m.register_forward_pre_hook(start, prepend=not engine)
+    yield m.register_forward_hook(observe, prepend=engine and not solver.needs_input)
+
+
+# ---- Operations
+
+class OperationHooks:
+    "Shows an observer the units that operations use."
+    def __init__(self, discovery: Discovery, observer: Observer):
+        self.discovery,self.observer = discovery,observer
+
+    @property
+    def functions(self) -> tuple[dict[Callable, Callable], set[int] | None]:
+        "What `conditions.Functions` takes: handlers by function, and a set that notes the parameters functions take."
+        if not self.discovery.sources.matrices: return {}, None
+        handlers = {**dict.fromkeys(OPERATIONS, self._operation), **dict.fromkeys(COPIES, self._copy),
+                    F.multi_head_attention_forward: self._attention}
+        return handlers, self.discovery.taken
+
+    def _copy(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
+        out = run(*args, **kwargs)
+        if not self._off(): self.discovery.sources.note(out, args, COPIES[func])
+        return out
+
+    def _operation(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
+        if not self.discovery.concerns(args, kwargs) or self._off(): return run(*args, **kwargs)
+        return self._show(self.discovery.uses(func, args, kwargs), partial(run, *args, **kwargs))
+
+    def _attention(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
+        "The inputs are projected here first, to be seen. Attention does it again, unless gradients are to come here."
+        if self._off(): return run(*args, **kwargs)
+        arguments,in_graph,projected = arguments_of(args, kwargs),self.observer.in_graph,[]
+        project = F.linear if in_graph else beside
+        for p in input_projections(arguments):
+            uses = self.discovery.uses_as_linear(p.weight, p.bias, p.letter)
+            if uses or in_graph: projected.append(self._show(uses, partial(project, p.input, p.weight, p.bias)))
+        if in_graph: arguments = with_projected(arguments, projected)
+        # The output is that of the last projection, of which a layer may be the unit.
+        last = self.discovery.uses_as_linear(arguments['out_proj_weight'], arguments['out_proj_bias'])
+        return self._show(last, partial(run, **arguments))
+
+    def _show(self, uses: list[Use], run: Callable[[], Any]) -> Any:
+        "Run an operation, and show the observer each unit that it uses."
+        for use in uses:
+            if self.observer.start(use.unit): use.refresh()
+        out = run()
+        for use in uses: out = self._observed(use, out, run)
+        return out
+
+    def _observed(self, use: Use, out: Any, run: Callable[[], Any]) -> Any:
+        def again():
+            use.refresh()
+            return run()
+
+        new = self.observer.observe(use.unit, out, again, use.rows)
+        if use.unit.changed: use.refresh()
+        return out if new is None else new
+
+    def _off(self) -> bool:
+        "Whether nothing is to be looked at: a unit is run again, or a transform of `torch.func` runs."
+        return self.observer.busy or torch._C._functorch.peek_interpreter_stack() is not None
