@@ -75,6 +75,30 @@ def make_learner(model: nn.Module, bs: int, cbs: list[Callback]) -> Learner:
     return Learner(digits_dls(bs), model, CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy, cbs=cbs)
 
 
+def arms_of(orders: str) -> list[str]:
+    "The orders among words that are separated by commas."
+    arms = [o.strip() for o in orders.split(',')]
+    try:
+        for arm in arms: parse_order(arm)
+    except ValueError as e:
+        raise SystemExit(f'--orders: {e}')
+    return arms
+
+
+def trained(arm: str, x: torch.Tensor, epochs: int, lr: float, bs: int, seed: int) -> tuple[LSUVReport, Learner]:
+    "The layers of one arm at its start, as the mini-batch `x` shows them, and its Learner after training."
+    set_seed(seed, reproducible=True)
+    model = lesson11()
+    if arm == WITHOUT: report = layer_stats(model, x, modules=ConvLayer)
+    else: report = lsuv_init(lesson11(), x, order=arm, modules=ConvLayer)
+    set_seed(seed, reproducible=True)
+    recorder = ActivationStatsRecorder(modules=ConvLayer)
+    cbs = [recorder] if arm == WITHOUT else [LSUVCallback(order=arm, modules=ConvLayer), recorder]
+    learn = make_learner(model, bs, cbs)
+    with learn.no_logging(), learn.no_bar(): learn.fit(epochs, lr)
+    return report, learn
+
+
 def beside(bs: int, seed: int, lr: float) -> None:
     "Print what `LSUVCallback` says beside `lr_find` and `fine_tune`."
     set_seed(seed, reproducible=True)
@@ -102,12 +126,7 @@ def main(
     Prints the (mean, std) pairs that each order leaves, accuracy by epoch, and what the recorder finds in the
     activations. Saves a picture of the first two."""
     if epochs < 1: raise SystemExit(f"--epochs: got {epochs}; it takes a positive whole number")
-    arms = [o.strip() for o in orders.split(',')]
-    try:
-        for arm in arms:
-            parse_order(arm)
-    except ValueError as e:
-        raise SystemExit(f'--orders: {e}')
+    arms = arms_of(orders)
     matplotlib.use('agg')
     warnings.filterwarnings('ignore', category=FutureWarning)
     train = digits_dls().train_ds
@@ -117,20 +136,9 @@ def main(
     accs: dict[str, list[float]] = {}
     verdicts: dict[str, str] = {}
     for arm in progress_bar([WITHOUT, *arms]):
-        set_seed(seed, reproducible=True)
-        model = lesson11()
-        if arm == WITHOUT:
-            stats[arm] = layer_stats(model, x, modules=ConvLayer)
-        else:
-            stats[arm] = lsuv_init(lesson11(), x, order=arm, modules=ConvLayer)
-        set_seed(seed, reproducible=True)
-        recorder = ActivationStatsRecorder(modules=ConvLayer)
-        cbs = [recorder] if arm == WITHOUT else [LSUVCallback(order=arm, modules=ConvLayer), recorder]
-        learn = make_learner(model, bs, cbs)
-        with learn.no_logging(), learn.no_bar():
-            learn.fit(epochs, lr)
+        stats[arm],learn = trained(arm, x, epochs, lr, bs, seed)
         accs[arm] = [row[-1] for row in learn.recorder.values]
-        verdicts[arm] = str(recorder.diagnose())
+        verdicts[arm] = str(learn.activation_stats_recorder.diagnose())
 
     for arm, report in stats.items():
         show_pairs(f'{arm}, as PyTorch starts it' if arm == WITHOUT else f'order="{arm}"', report)

@@ -54,7 +54,7 @@ class Feed:
 
     def __enter__(self) -> Feed:
         in_step(self._begin)
-        if any(is_lazy(p) for p in self.model.parameters()): self._materialize()
+        if any(is_lazy(p) for p in self.model.parameters()): _materialize(self.model, self.batch)
         return self
 
     def __exit__(self, *args) -> None: self.stream = None  # ends a DataLoader's workers
@@ -121,23 +121,7 @@ class Feed:
             return o.to(device) if device is not None else o
 
         self.batch = tree_map(ready, b)
-        self._check_call(b)
-
-    def _check_call(self, b: Any) -> None:
-        "Raise `TypeError` if the model does not take as many inputs as a mini-batch holds."
-        args,kwargs = arguments(b)
-        # These may make other inputs of them.
-        if type(self.model).__call__ is not nn.Module.__call__ or self.model._forward_pre_hooks: return
-        try: takes = inspect.signature(self.model.forward, follow_wrapped=False)
-        except (TypeError, ValueError): return  # compiled code may not tell
-        try: takes.bind(*args, **kwargs)
-        except TypeError as e:
-            held = f"the inputs {', '.join(map(repr, b))}" if kwargs else f"{len(args)} input{'s'*(len(args) != 1)}"
-            if kwargs: todo = "name them as `forward` does, or pass `get_input`"
-            elif self.n_inp is not None: todo = f"`n_inp` is {self.n_inp}; pass another, or `get_input`"
-            else: todo = "pass `n_inp`, the number of inputs before the targets, or `get_input`"
-            raise TypeError(f"batches: mini-batch {self.count} holds {held}, but {type(self.model).__name__}.forward "
-                            f"takes {takes} ({e}); {todo}") from None
+        _check_call(self.model, b, self.count, self.n_inp)
 
     def _inputs(self, b: Any) -> Any:
         "The model's inputs among what an iterable yields."
@@ -146,17 +130,6 @@ class Feed:
         if n is None and (hasattr(self.batches, 'dataset') or hasattr(self.batches, 'n_inp')):  # a DataLoader
             n = getattr(self.batches, 'n_inp', None) or max(len(b) - 1, 1)  # fastai's rule: the last is the target
         return tuple(b[:n])
-
-    @torch.no_grad()
-    def _materialize(self) -> None:
-        "Run lazy modules once, in eval mode, so that their weights exist. All else stays as it was."
-        modes = [(m, m.training) for m in self.model.modules()]
-        params = {memory(p) for p in self.model.parameters() if not is_lazy(p)} - {0}
-        others = Snapshot([m for m in self.model.modules() if not isinstance(m, LazyModuleMixin)], but=params)
-        try: call(self.model.eval(), self.batch)
-        finally:
-            others.restore()
-            for m, mode in modes: m.training = mode
 
 
 def _check_list(tensors: list[Tensor]) -> None:
@@ -169,6 +142,40 @@ def _check_list(tensors: list[Tensor]) -> None:
                          f"all alike; {say}")
     if len(tensors) == 2:
         warnings.warn(f"batches: a list of 2 tensors is 2 mini-batches; {say}", stacklevel=5)
+
+
+def _check_call(
+    model: nn.Module,
+    batch: Any,  # The inputs
+    number: int,  # Of the mini-batch
+    n_inp: int | None  # As in `lsuv_init`
+) -> None:
+    "Raise `TypeError` if the model does not take as many inputs as a mini-batch holds."
+    args,kwargs = arguments(batch)
+    # These may make other inputs of them.
+    if type(model).__call__ is not nn.Module.__call__ or model._forward_pre_hooks: return
+    try: takes = inspect.signature(model.forward, follow_wrapped=False)
+    except (TypeError, ValueError): return  # compiled code may not tell
+    try: takes.bind(*args, **kwargs)
+    except TypeError as e:
+        held = f"the inputs {', '.join(map(repr, batch))}" if kwargs else f"{len(args)} input{'s'*(len(args) != 1)}"
+        if kwargs: todo = "name them as `forward` does, or pass `get_input`"
+        elif n_inp is not None: todo = f"`n_inp` is {n_inp}; pass another, or `get_input`"
+        else: todo = "pass `n_inp`, the number of inputs before the targets, or `get_input`"
+        raise TypeError(f"batches: mini-batch {number} holds {held}, but {type(model).__name__}.forward takes {takes} "
+                        f"({e}); {todo}") from None
+
+
+@torch.no_grad()
+def _materialize(model: nn.Module, batch: Any) -> None:
+    "Run lazy modules once, in eval mode, so that their weights exist. All else stays as it was."
+    modes = [(m, m.training) for m in model.modules()]
+    params = {memory(p) for p in model.parameters() if not is_lazy(p)} - {0}
+    others = Snapshot([m for m in model.modules() if not isinstance(m, LazyModuleMixin)], but=params)
+    try: call(model.eval(), batch)
+    finally:
+        others.restore()
+        for m, mode in modes: m.training = mode
 
 
 def join(batches: list[Any]) -> Any:

@@ -62,7 +62,19 @@ def port(
     df = runs.df()
     df['document'] = [_document(r.arm, r.lr, r.epoch) for r in df.itertuples()]
 
-    say(f'Data: {images.name}')
+    _report(df, images.name, took)
+    save('port', out, _picture(df, rates), main=df)
+    return df
+
+
+def _report(
+    df: pd.DataFrame,
+    name: str,  # Of the data
+    took: list[int]  # Mini-batches that each run of LSUV took
+) -> None:
+    "Print the tables."
+    seeds = df.seed.nunique()
+    say(f'Data: {name}')
     used = ' to '.join(str(n) for n in sorted({min(took), max(took)}))
     print(f'LSUV took {used} mini-batches. It stopped when every layer was within its tolerance, or at the limit.')
     ours = table(df.assign(arm=df.arm + df.lr.map(', lr {:g}'.format)), 'epoch', 'arm', 'accuracy', percent)
@@ -75,8 +87,6 @@ def port(
     ahead = ahead.reset_index().sort_values(['lr', 'epoch'], ascending=[False, True])
     say('LSUV ahead of the same start without it, points, by epoch',
         table(ahead, 'lr', 'epoch', 'ahead', lambda v: f'{v.mean():+.1f}'))
-    save('port', out, _picture(df, rates), main=df)
-    return df
 
 
 def _document(arm: str, lr: float, epoch: int) -> float:
