@@ -89,7 +89,7 @@ class Corrector:
         "Measure a unit's output, correct the unit if it is off, and return the corrected output."
         solver = self.solvers[u]
         if solver.running: return None
-        if rows is not None: out = out[rows]  # they are mended in place
+        if rows is not None: out = out[rows]  # a view: what corrects it corrects the whole
         with torch._C.DisableTorchFunction():  # what happens in here is not the model's
             due = self._measure(u, first_tensor(out))
         if not due: return None

@@ -59,6 +59,6 @@ class Observations:
 
     def transform(self, scale: np.ndarray, shift: np.ndarray) -> None:
         "The unit now puts out `scale*x + shift` where it put out `x`."
-        of_whole = self.now.moments[-1].mean.shape
+        shape = self.now.moments[-1].mean.shape
         self.now.moments = [m.affine(scale, shift) for m in self.now.moments]
-        self.earlier = [m.affine(scale, shift) for m in self.earlier if m.mean.shape == of_whole]
+        self.earlier = [m.affine(scale, shift) for m in self.earlier if m.mean.shape == shape]

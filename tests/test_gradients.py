@@ -313,3 +313,27 @@ def test_a_frozen_model_has_no_gradient():
     x, y = data()
     with pytest.raises(ValueError, match='loss: no gradient .*`requires_grad`'):
         layer_stats(conv_net().requires_grad_(False), x, loss=cross_entropy(x, y))
+
+
+def test_an_expert_has_the_gradient_of_its_rows():
+    "Experts in one parameter, each of which gets some rows of a grouped product."
+    grouped_mm = getattr(F, 'grouped_mm', None) or getattr(torch, '_grouped_mm', None)
+    if grouped_mm is None: pytest.skip('this torch has no grouped product')
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts,self.head = nn.Parameter(torch.randn(3, 16, 16)/4),nn.Linear(16, 4)
+
+        def forward(self, x):
+            self.out = grouped_mm(x, self.experts, offs=torch.tensor([16, 32, 64], dtype=torch.int32))
+            return self.head(self.out)
+
+    torch.manual_seed(0)
+    model,x = Experts(),torch.randn(64, 16)
+    def loss(model): return model(x).square().mean()
+    grad, = torch.autograd.grad(loss(model), [model.out])
+    del model.out
+    rows = {r.name: r.grad_std for r in layer_stats(model, x, loss=loss)}
+    expected = {f'experts[{i}]': part.std().item() for i, part in enumerate(grad.split([16, 16, 32]))}
+    assert {n: rows[n] for n in expected} == pytest.approx(expected, rel=1e-4)

@@ -28,7 +28,7 @@ WITH,WITHOUT = 'with batch norm', 'without batch norm'
 @delegates(FitNetOptions)
 def batchnorm(
     act: str = 'ReLU',  # Activation
-    init: str = 'Xavier',  # Standard start of the two other arms: Xavier, MSRA, orthonormal or PyTorch
+    init: str = 'Xavier',  # Standard start of the arms without LSUV: Xavier, MSRA, orthonormal or PyTorch
     rounds: int = 30,  # Steps of each arm to time, in turns
     epochs: int = 0,  # Epochs to train each arm; 0: those of the scale, 10 or 230
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
@@ -69,6 +69,13 @@ def batchnorm(
     say(f'Data: {images.name}, {options.size} pixels a side\n'
         f'FitNet-4 of width {options.width:g} and depth {options.depth:g}, {act}; '
         f'arms without LSUV start from {init}')
+    took = _report(df, steps, epochs)
+    save('batchnorm', options.out, _picture(df, took), main=df, steps=steps)
+    return df
+
+
+def _report(df: pd.DataFrame, steps: pd.DataFrame, epochs: int) -> pd.Series:  # Seconds of a step, by network
+    "Print the tables."
     shown = df[df.epoch.isin({*SHOWN, epochs})]
     say('Accuracy after each epoch, %', table(shown, 'arm', 'epoch', 'accuracy', percent))
     total = df[df.epoch == epochs].groupby('arm', sort=False).seconds
@@ -76,8 +83,7 @@ def batchnorm(
     took = steps.groupby('network', sort=False).seconds.median()
     say('Milliseconds a training step takes, median', took.mul(1e3).round(2))
     print(f'Batch norm adds {100*(took[WITH]/took[WITHOUT] - 1):.0f} % to a step (the paper: 30 %)')
-    save('batchnorm', options.out, _picture(df, took), main=df, steps=steps)
-    return df
+    return took
 
 
 def how_far(

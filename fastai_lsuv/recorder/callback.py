@@ -33,7 +33,7 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     floating-point tensor. It records the batches of a fit, and not what other callbacks, `lr_find` or `get_preds` run.
 
     Weights that no layer applies have the names of LSUV's report: `experts.up[3]`, GPT-2's `c_attn.weight`. The first
-    step shows which there are. `modules='*in_proj_weight*'` has an attention's query, key and value computed once more.
+    step shows them. An attention's query, key and value are recorded if `modules` names them (`'*in_proj_weight*'`).
     `hist=True` covers -10 to 10, as most layers come before their activation. fastai's range is `hist=(40, 0, 10)`.
 
     `sample=k` measures every k-th sample (along dimension 0) of activations above 2**18 elements, and of their
@@ -43,15 +43,16 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
 
     It starts anew with every fit unless `append`. Its hooks stay on the model, idle, only after an exception, until
     the next fit. `torch.compile`d models leave their graph at each recorded layer: compile without `fullgraph=True`.
-    Under `torch.distributed` each rank records its own batches, and the first writes. `learn.export` keeps the recorder
-    without its records. `learn.remove_cb(ActivationStatsRecorder)` before it spares who loads it this package.
+    Under `torch.distributed` each rank records its own batches, and the first writes. An exported Learner
+    needs this package to load, unless `learn.remove_cb(ActivationStatsRecorder)` was called before `learn.export`.
 
-    It is `learn.activation_stats_recorder`. Its methods raise `ValueError` before a fit. Parquet needs pyarrow."""
+    It is `learn.activation_stats_recorder`. It raises `ValueError` or `TypeError` for an argument that it does not take
+    (after the first step for a name that no operation has), and its methods raise `ValueError` before a fit."""
     order,remove_on_fetch,feeds_nothing = -20,True,True  # the last: LSUV need not run it to see what the model is fed
     _stateattrs = '_store', '_recording', '_starting'
 
     def __init__(self,
-        modules: Any = None,  # Types, a predicate, names, globs, modules; default: those of LSUV, recurrent ones
+        modules: Any = None,  # Types, a predicate, names, globs, modules; default: those of LSUV, and recurrent
         every: int = 1,  # Record every so many training steps
         hist: bool | int | tuple[int, float, float] | None = None,  # True: (80, -10, 10); bins; or (bins, low, high)
         grads: bool = False,  # Also mean, std and share of exact zeros of the gradients of the layers' outputs

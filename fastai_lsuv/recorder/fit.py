@@ -69,7 +69,7 @@ class FitRecording:
     def after_pred(self, model: nn.Module):
         "Stop measuring: what runs the model from here to the next batch is not its forward pass."
         self.hooks.stop()
-        self.operations.begin_step(False)
+        self.operations.recording = False
         self.watch.detach()
         if self.phase == 'train' and self.hooks.due and not self.operations.settled and not self.hooks.misses(model):
             self._settle()

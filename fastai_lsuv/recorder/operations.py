@@ -89,7 +89,7 @@ class RecordedOperations:
         self.discovery.close()
         for u in self.discovery.units.values(): self.start(u)
         self.settled = True
-        if not any(f not in COPIES for f in self.useful): self.useful = set()
+        if self.useful <= COPIES.keys(): self.useful = set()  # no operation took what was copied
         self.mode = self._mode()
         return True
 

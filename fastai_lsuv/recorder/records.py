@@ -94,7 +94,7 @@ class RecordStore:
     def clear(self):
         "Forget everything."
         self.layers = []
-        self.modules = []  # Names of the layers that a fit began with
+        self.begun_with = []  # Names of the layers that a fit began with, before operations are seen
         self.rows = {p: [] for p in PHASES}
         self.strides = {p: 1 for p in PHASES}
         self.seen = {p: 0 for p in PHASES}
@@ -107,27 +107,23 @@ class RecordStore:
         "Start a fit. Forget earlier ones unless they are to be kept, and the layers are the same."
         append = self.options.append
         names = [layer.name for layer in layers]
-        goes_on = append and names == self.modules
-        if append and self.modules and not goes_on:
+        goes_on = append and names == self.begun_with
+        if append and self.begun_with and not goes_on:
             warnings.warn("ActivationStatsRecorder(append=True): the layers changed since the last fit, "
                           "so recording starts anew")
         if not goes_on:
             self.clear()
-            self.layers = layers
-            self.modules = names
+            self.layers, self.begun_with = layers, names
         self.before = self.reached
         return goes_on
 
-    def arrange(self,
-        layers: list[RecordedLayer]  # From now on
-    ):
+    def arrange(self, layers: list[RecordedLayer]):
         "Take other layers. Records that are there get a row for each that is new."
         places = {layer.name: i for i, layer in enumerate(self.layers)}
         at = [places.get(layer.name, -1) for layer in layers]
         self.layers = layers
         if at == list(range(len(places))): return
-        for rows in self.rows.values():
-            for record in rows: record.arrange(at)
+        for record in sum(self.rows.values(), []): record.arrange(at)
 
     def reach(self, epoch: int, step: int):
         "Note how far the fit has come."
