@@ -83,8 +83,7 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     def before_train(self):
         "Put the hooks in place."
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
-        if self._starting:
-            self._begin()
+        if self._starting: self._begin()
         self._recording.enter('train')
 
     def before_validate(self):
