@@ -6,6 +6,7 @@ the first."""
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Integral
@@ -141,7 +142,15 @@ def _check_list(tensors: list[Tensor]) -> None:
         raise ValueError(f"batches: got a list of tensors of several kinds ({held}); it takes a list of mini-batches, "
                          f"all alike; {say}")
     if len(tensors) == 2:
-        warnings.warn(f"batches: a list of 2 tensors is 2 mini-batches; {say}", stacklevel=5)
+        warnings.warn(f"batches: a list of 2 tensors is 2 mini-batches; {say}", stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    "The `stacklevel` at which the warning of a function points at the line that called this package."
+    level,frame = 1,sys._getframe(1)
+    while frame is not None and frame.f_globals.get('__name__', '').startswith(f'{__package__}.'):
+        level,frame = level + 1,frame.f_back
+    return level
 
 
 def _check_call(

@@ -77,8 +77,7 @@ def lsuv_init(
     Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything is raised later,
     weights and all else are put back. An error of the model is raised as it is, with a note that names the layer.
     With several ranks, call it on every one of them."""
-    if loss is not None and not callable(loss):
-        raise TypeError(f"loss: got {loss!r}; {LOSS_TAKES}")
+    _check_loss(loss)
     report = initialize(model, batches, Options.of(locals()), n_inp=n_inp, get_input=get_input, loss=loss, force=force)
     if report.warning: warnings.warn(report.warning, stacklevel=2)
     return report
@@ -97,12 +96,10 @@ def initialize(
     watch: Callable[[int, int], object] | None = None  # Told during a pass how many units of how many have run
 ) -> LSUVReport:
     "`lsuv_init` without its warning."
-    model = plain(model)
-    reshard(model)
-    feed = Feed(model, batches, n_inp, get_input)
-
     def initialized() -> LSUVReport:
-        with feed: return Run(model, feed, options, loss, keep, watch)(force)
+        inner = plain(model)
+        reshard(inner)
+        with Feed(inner, batches, n_inp, get_input) as feed: return Run(inner, feed, options, loss, keep, watch)(force)
 
     return in_step(initialized)
 
@@ -128,25 +125,28 @@ def layer_stats(
     or grows by orders of magnitude from layer to layer, layers learn at different paces. No `.grad` is touched.
 
     Raises `TypeError` or `ValueError`, naming the argument."""
-    if loss is not None and not callable(loss): raise TypeError(f"loss: got {loss!r}; {LOSS_TAKES}")
-    model = plain(model)
-    reshard(model)
+    _check_loss(loss)
 
-    if loss is not None and any(map(is_sharded, model.parameters())):
-        raise ValueError("loss: got one for a sharded model, whose engine keeps the gradients; leave it out, or "
-                         "measure the model before it is sharded")
+    def prepare(u): u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
 
     def measured() -> LSUVReport:
-        with Feed(model, batch, n_inp, get_input) as feed:
-            def prepare(u): u.left_alone,u.target = '',Target((), 0., 1., 1e-3, 0.1, False)
-
-            loose = loose_parameters(model)
-            units = measurable(model, modules, loose)
+        inner = plain(model)
+        reshard(inner)
+        if loss is not None and any(map(is_sharded, inner.parameters())):
+            raise ValueError("loss: got one for a sharded model, whose engine keeps the gradients; leave it out, or "
+                             "measure the model before it is sharded")
+        with Feed(inner, batch, n_inp, get_input) as feed:
+            loose = loose_parameters(inner)
+            units = measurable(inner, modules, loose)
             for u in units: prepare(u)
-            discovery = Discovery(outside_of(units, loose), wanted(model, modules, units), prepare)
-            return _stats(model, units, discovery, feed, loss, modules is not None)
+            discovery = Discovery(outside_of(units, loose), wanted(inner, modules, units), prepare)
+            return _stats(inner, units, discovery, feed, loss, modules is not None)
 
     return in_step(measured)
+
+
+def _check_loss(loss: Any) -> None:
+    if loss is not None and not callable(loss): raise TypeError(f"loss: got {loss!r}; {LOSS_TAKES}")
 
 
 def _stats(model: nn.Module, units: list[Unit], discovery: Discovery, feed: Feed, loss: Callable | None,

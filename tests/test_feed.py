@@ -55,6 +55,13 @@ def test_fastai_dataloaders():
         lsuv_init(nn.Linear(4, 8), DataLoaders(FastaiDataLoader(rows)))
 
 
+@pytest.mark.parametrize('f', [lsuv_init, layer_stats])
+def test_the_warning_of_two_mini_batches_points_at_the_caller(f):
+    with pytest.warns(UserWarning, match='a list of 2 tensors is 2 mini-batches') as said:
+        f(nn.Linear(4, 8), list(torch.randn(2, 64, 4)))
+    assert [w.filename for w in said] == [__file__]
+
+
 def test_n_inp_and_get_input():
     x, y = torch.randn(64, 4), torch.zeros(64)
     m = lambda: nn.Linear(4, 8)

@@ -2,6 +2,7 @@
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fastai.basics import set_seed
 from learners import same, weights
+from torch import nn
 
-from fastai_lsuv import lsuv_init
+from fastai_lsuv import layer_stats, lsuv_init
 from fastai_lsuv.moments import channel_moments, whole_moments
 from fastai_lsuv.ranks import pool_ranks
 
@@ -35,20 +37,57 @@ def _rank(rank, port, results):
     dist.destroy_process_group()
 
 
-@slow
-def test_ranks_pool_to_the_same_bits():
+def _spawned(f):
+    "What a function of the rank, a port and a queue puts into the queue in two processes, by rank."
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     results = mp.get_context('spawn').SimpleQueue()
-    mp.spawn(_rank, args=(port, results), nprocs=2)
-    (_, *a), (_, *b) = sorted([results.get(), results.get()])
+    mp.spawn(f, args=(port, results), nprocs=2)
+    return sorted([results.get(), results.get()], key=lambda r: r[0])
+
+
+@slow
+def test_ranks_pool_to_the_same_bits():
+    (_, *a), (_, *b) = _spawned(_rank)
     assert a == b
     for got, f in zip(a, (channel_moments, whole_moments)):
         want = f(torch.arange(60.).view(10, 3, 2))
         assert got[0] == want.count
         np.testing.assert_allclose(got[1], want.mean, rtol=1e-6)
         np.testing.assert_allclose(got[2], want.var, rtol=1e-6)
+
+
+# --- an error before the first mini-batch
+
+def _model(rank):
+    "That of rank 1 has no memory."
+    return nn.Linear(4, 4, device='meta' if rank else 'cpu')
+
+
+EARLY = {
+    'batches': lambda rank: lsuv_init(nn.Linear(4, 4), torch.randn(8, 4) if rank == 0 else 3),
+    'model': lambda rank: lsuv_init(_model(rank), torch.randn(8, 4)),
+    'stats': lambda rank: layer_stats(_model(rank), torch.randn(8, 4)),
+}
+
+
+def _early(rank, port, results):
+    meet = f'tcp://127.0.0.1:{port}'
+    dist.init_process_group('gloo', init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=8))
+    said = {}
+    for name, f in EARLY.items():
+        try: f(rank)
+        except Exception as e: said[name] = str(e)
+    results.put((rank, said))
+    dist.destroy_process_group()
+
+
+@slow
+def test_an_error_on_one_rank_before_the_first_mini_batch_ends_both():
+    (_, first), (_, second) = _spawned(_early)
+    assert first == dict.fromkeys(EARLY, 'LSUV stopped because another rank failed; see the error of rank 1')
+    assert 'batches: got int' in second['batches'] and 'meta device' in second['model'] == second['stats']
 
 
 # --- initialization
