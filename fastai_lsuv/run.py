@@ -31,7 +31,7 @@ from .units import Unit
 
 __all__ = ['Run']
 
-# Fresh mini-batches that are tried after one that cannot be trusted.
+# Mini-batches that are tried because of doubts.
 _MOST_TRIES = 2
 
 
@@ -43,11 +43,11 @@ class Run:
     "One run of LSUV on one model. Call it once."
     def __init__(self,
         model: nn.Module,
-        feed: Feed,  # Which has begun
+        feed: Feed,  # It is used inside its `with`
         options: Options,
         loss: Callable[[Callable], Any] | None = None,  # As in `lsuv_init`
         keep: Callable[[Unit], bool] | None = None,  # Which units are left alone as frozen ones are
-        watch: Callable[[int, int], object] | None = None  # Told during a pass how many units of how many have run
+        watch: Callable[[int, int], object] | None = None  # As in `initialize`
     ):
         def prepare(u):
             u.target = options.target(u)
@@ -61,22 +61,24 @@ class Run:
         self.discovery = Discovery(outside_of(self.units, loose), wanted(model, options.modules, self.units), prepare)
         self.before: dict[Unit, MeanStd] = {}
         self.n_passes = 0
+        self.tries = 0  # Mini-batches that were tried because of doubts
 
     def __call__(self,
         force: bool = False  # Keep the weights even if the loss comes out far worse
     ) -> LSUVReport:
         meet(f"LSUV of {len(self.units)} layers" + (f", first {self.units[0].name!r}" if self.units else ''))
-        undone = ''
         try:
-            with _as_on_rank_0(self.model), self._preserved() as kept:
-                in_step(lambda: self._normalize(kept))
-                if self.check.failure and not force: raise _FarWorse
+            with _as_on_rank_0(self.model):
+                with self._preserved() as kept:
+                    in_step(lambda: self._normalize(kept))
+                    if self.check.failure and not force: raise _FarWorse
+                try: return in_step(lambda: self._finish(force))
+                except BaseException as e:
+                    kept.roll_back(e)
+                    raise
         except _FarWorse as e:
-            undone = self.check.failure
-            _check_put_back(e, undone)
-        else:
-            for u in self.units: u.finish()
-        return self._report(undone, force)
+            _check_put_back(e, self.check.failure)
+        return self._report(force, undone=self.check.failure)
 
     def _preserved(self):
         "Keep everything but the units' weights and biases as it was."
@@ -118,23 +120,36 @@ class Run:
         for u in self.units: u.seen.forget()
 
     def _repeat_passes(self) -> None:
-        "Correct until a fresh mini-batch finds every unit at its target, or as often as `max_iter` allows."
-        feed,tries,fresh = self.feed,0,True
+        "Correct until a pass changes nothing, or `max_iter` times. In the second case one more pass measures."
+        fresh = True
         for _ in range(self.options.max_iter):
             changed = self._pass(fresh)
-            doubts = {u.reason for u in self.units} & DOUBTS
-            try_again = bool(doubts) and tries < _MOST_TRIES
-            tries += try_again
-            got_more = try_again and (feed.gather() if Status.ALIKE in doubts else feed.next())
-            if not (changed or got_more): return
-            fresh = got_more or feed.next()
+            fresh = self._answer_doubts()
+            if not (changed or fresh): return
+            if not fresh: fresh = self.feed.next()
+        self._measure_once_more(fresh)
+
+    def _answer_doubts(self) -> bool:
+        "Move on to a mini-batch that may dispel the doubts, if there are any. Returns whether there is one."
+        doubts = {u.reason for u in self.units} & DOUBTS
+        if not doubts or self.tries == _MOST_TRIES: return False
+        self.tries += 1
+        if Status.ALIKE in doubts: return self.feed.gather()
+        return self.feed.next()
+
+    def _measure_once_more(self, fresh: bool) -> None:
+        "Measure what the last corrections have made of the units."
         self._pass(fresh, correct=False)
 
     def _pass(self, fresh: bool, correct: bool = True) -> bool:
         self.n_passes += 1
         return self.passes(self.feed.batch, correct, fresh)
 
-    def _report(self, undone: str, force: bool) -> LSUVReport:
+    def _finish(self, force: bool) -> LSUVReport:
+        for u in self.units: u.finish()
+        return self._report(force)
+
+    def _report(self, force: bool, undone: str = '') -> LSUVReport:
         options,check = self.options,self.check
         rows,coverage = rows_of(self.passes, options.modules is not None, self.before, bool(undone))
         return LSUVReport(rows, options.order, self.n_passes, check.pair, undone, check.told(force),

@@ -16,6 +16,7 @@ from learners import same, weights
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv import run as run_room
 from fastai_lsuv.moments import channel_moments, whole_moments
 from fastai_lsuv.ranks import pool_ranks
 
@@ -58,25 +59,37 @@ def test_ranks_pool_to_the_same_bits():
         np.testing.assert_allclose(got[2], want.var, rtol=1e-6)
 
 
-# --- an error before the first mini-batch
+# --- an error before the first pass or after the last
 
 def _model(rank):
     "That of rank 1 has no memory."
     return nn.Linear(4, 4, device='meta' if rank else 'cpu')
 
 
-EARLY = {
+def _fails_to_report(rank):
+    m = nn.Linear(4, 4)
+    was = m.weight.detach().clone()
+
+    def fail(*args): raise RuntimeError('no report')
+
+    if rank: run_room.rows_of = fail
+    try: lsuv_init(m, torch.randn(8, 4))
+    finally: assert torch.equal(m.weight, was)
+
+
+OUTSIDE_OF_PASSES = {
     'batches': lambda rank: lsuv_init(nn.Linear(4, 4), torch.randn(8, 4) if rank == 0 else 3),
     'model': lambda rank: lsuv_init(_model(rank), torch.randn(8, 4)),
     'stats': lambda rank: layer_stats(_model(rank), torch.randn(8, 4)),
+    'report': _fails_to_report,
 }
 
 
-def _early(rank, port, results):
+def _fail_in_turn(rank, port, results):
     meet = f'tcp://127.0.0.1:{port}'
     dist.init_process_group('gloo', init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=8))
     said = {}
-    for name, f in EARLY.items():
+    for name, f in OUTSIDE_OF_PASSES.items():
         try: f(rank)
         except Exception as e: said[name] = str(e)
     results.put((rank, said))
@@ -84,10 +97,12 @@ def _early(rank, port, results):
 
 
 @slow
-def test_an_error_on_one_rank_before_the_first_mini_batch_ends_both():
-    (_, first), (_, second) = _spawned(_early)
-    assert first == dict.fromkeys(EARLY, 'LSUV stopped because another rank failed; see the error of rank 1')
+def test_an_error_on_one_rank_outside_of_all_passes_ends_both():
+    (_, first), (_, second) = _spawned(_fail_in_turn)
+    stopped = 'LSUV stopped because another rank failed; see the error of rank 1'
+    assert first == dict.fromkeys(OUTSIDE_OF_PASSES, stopped)
     assert 'batches: got int' in second['batches'] and 'meta device' in second['model'] == second['stats']
+    assert second['report'] == 'no report'
 
 
 # --- initialization

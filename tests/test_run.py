@@ -1,0 +1,42 @@
+"A run: what it leaves when it is interrupted after its last pass."
+import pytest
+import torch
+from fingerprint import fingerprint
+from torch import nn
+
+from fastai_lsuv import lsuv_init
+from fastai_lsuv import run as room
+from fastai_lsuv.units import Unit
+
+
+def network(): return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 4)).eval()
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize('where', ['the first unit', 'the second unit', 'the report'])
+def test_an_error_after_the_last_pass_puts_everything_back(monkeypatch, where, error):
+    net,called = network(),[]
+    net[0].weight.grad = grad = torch.ones(8, 8)
+    before = fingerprint(net)
+
+    def fail(*args):
+        called.append(not torch.equal(net[0].weight, start))
+        if where != 'the second unit' or len(called) == 2: raise error
+
+    start = net[0].weight.detach().clone()
+    monkeypatch.setattr(*((room, 'rows_of') if where == 'the report' else (Unit, 'finish')), fail)
+    with pytest.raises(error): lsuv_init(net, torch.randn(64, 8)*3 + 1)
+    assert called == [True]*(1 + (where == 'the second unit')), "LSUV has written weights by then"
+    assert fingerprint(net) == before and net[0].weight.grad is grad
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
+def test_an_error_in_the_report_of_a_far_worse_model_leaves_it_as_it_was(monkeypatch, error):
+    net,x = network(),torch.randn(64, 8)
+    before,losses = fingerprint(net),iter((1., 1., 1., 1e9))
+
+    def fail(*args): raise error
+
+    monkeypatch.setattr(room, 'rows_of', fail)
+    with pytest.raises(error): lsuv_init(net, x, loss=lambda model: (model(x), next(losses))[1])
+    assert fingerprint(net) == before and next(losses, None) is None
