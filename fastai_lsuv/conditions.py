@@ -23,7 +23,7 @@ from .evidence import ALIKE_SHARE, ALIKE_SPREAD
 from .moments import flat
 from .weights import is_layer
 
-__all__ = ['measuring', 'Functions', 'NormWatch']
+__all__ = ['measuring', 'Functions', 'NormWatch', 'in_transform']
 
 # Classes of stochastic modules that are no `_DropoutNd`: DropPath, StochasticDepth, WeightDropout, DropBlock2d, ...
 _STOCHASTIC = re.compile(r'Drop(?![a-z])|Drop(out|path|block)|Stochastic')
@@ -83,7 +83,7 @@ def _other_norm(function: Callable, at: int, groups: Callable[..., Tensor]) -> C
     """A norm over groups within a sample, with its weight as argument number `at`.
 
     Its output tells whether its eps matters. Only then are the groups looked at."""
-    def handle(watch: NormWatch, *args, **kwargs) -> Tensor:
+    def watched(watch: NormWatch, *args, **kwargs) -> Tensor:
         out = function(*args, **kwargs)
         watch.normed = True
         if not isinstance(out, Tensor) or out.is_nested or out.numel() == 0: return out
@@ -94,7 +94,7 @@ def _other_norm(function: Callable, at: int, groups: Callable[..., Tensor]) -> C
                 var,mean = torch.var_mean(groups(given).float(), dim=-1, correction=0)
                 watch.see(mean, var, given['eps'] or 0., given['input'].dtype)
         return out
-    return handle
+    return watched
 
 
 def _mean_square(t: Tensor) -> float:
@@ -131,17 +131,18 @@ def _not_training(function: Callable) -> Callable:
 
 def _without(function: Callable, name: str, position: int, value: Any) -> Callable:
     "`function`, called with `value` as its argument `name` (at `position`)."
-    def handle(watch: NormWatch, *args, **kwargs):
+    def without(watch: NormWatch, *args, **kwargs):
         if len(args) > position: return function(*args[:position], value, *args[position + 1:], **kwargs)
         return function(*args, **{**kwargs, name: value})
-    return handle
+    return without
 
 
 _DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
             F.multi_head_attention_forward)
 _TORCH_DROPOUT = (torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_, torch.alpha_dropout,
                   torch.alpha_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_, torch.native_dropout)
-_HANDLERS: dict[Callable, Callable] = {
+# What is called in place of a function, with a `NormWatch` and the function's arguments.
+_REPLACEMENTS: dict[Callable, Callable] = {
     **{f: _not_training(f) for f in _DROPOUT},
     **{f: _without(f, 'train', 2, False) for f in _TORCH_DROPOUT},
     F.scaled_dot_product_attention: _without(F.scaled_dot_product_attention, 'dropout_p', 4, 0.),
@@ -155,30 +156,30 @@ _HANDLERS: dict[Callable, Callable] = {
 _NORMS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm}
 
 
-def _in_transform() -> bool:
-    "Whether a transform of `torch.func` runs, in which no number can be looked at."
+def in_transform() -> bool:
+    "Whether a transform of `torch.func` runs. Inside it, no number can be looked at."
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class Functions(TorchFunctionMode):
-    "Hands functions to their handlers. The mode is off while a handler runs."
+    """Has other code called in place of torch's functions. The mode is off while that code runs.
+
+    A replacement is called with the arguments of its function. A wrapper is called with the function, what is to run
+    (the function or its replacement), and the arguments."""
     def __init__(self,
-        around: dict[Callable, Callable],  # Handlers, called with the function, what runs it, its `args` and `kwargs`
-        within: dict[Callable, Callable] | None = None,  # Handlers that run a function in another way
-        taken: set[int] | None = None  # Gets the ids of the parameters that functions take, if it is to be known
+        wrappers: dict[Callable, Callable],  # By function
+        taken: set[int] | None = None,  # Gets the ids of the parameters that functions take; `None`: they are not noted
+        replacements: dict[Callable, Callable] = {}  # By function
     ):
         super().__init__()
-        within = within or {}
-        self.handlers = {**within, **{f: partial(h, f, within.get(f, f)) for f, h in around.items()}}
-        self.around,self.taken = around,taken
+        self.taken = taken
+        self.called = {**replacements, **{f: partial(w, f, replacements.get(f, f)) for f, w in wrappers.items()}}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if self.taken is not None: self._note(func, args, kwargs)
-        handle = self.handlers.get(func)
-        if handle is None: return func(*args, **kwargs) if kwargs else func(*args)
-        if func in self.around: return handle(args, kwargs or {})
-        if func in _NORMS and _in_transform(): handle = func
-        return handle(*args, **(kwargs or {}))
+        called = self.called.get(func)
+        if called is None or func in _NORMS and in_transform(): called = func
+        return called(*args, **kwargs) if kwargs else called(*args)
 
     def _note(self, func: Callable, args: tuple, kwargs: dict | None) -> None:
         "Note the parameters that a function takes, one by one or in a list. One that reads an attribute takes none."
@@ -198,7 +199,7 @@ def _reads(func: Callable) -> bool:
 def measuring(
     model: nn.Module,
     watch: NormWatch,  # Told of the norm layers that run
-    around: dict[Callable, Callable] = {},
+    wrappers: dict[Callable, Callable] = {},
     taken: set[int] | None = None  # These as `Functions` takes them
 ) -> Iterator[None]:
     "Train mode without dropout. The switches of dropout are put back here. `preserved` puts the modes back."
@@ -206,7 +207,7 @@ def measuring(
     try:
         model.train()
         for m, k, _ in was: setattr(m, k, False if k == 'training' else 0.)
-        with Functions(around, {f: partial(h, watch) for f, h in _HANDLERS.items()}, taken): yield
+        with Functions(wrappers, taken, {f: partial(r, watch) for f, r in _REPLACEMENTS.items()}): yield
     finally:
         for m, k, v in was: setattr(m, k, v)
 

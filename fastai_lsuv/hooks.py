@@ -1,6 +1,6 @@
-"""What shows each unit to an `Observer` as the model runs: hooks on modules, and handlers of linear operations.
+"""What shows each unit to an `Observer` as the model runs: hooks on modules, and wrappers of linear operations.
 
-`hooked` puts hooks on the units that are modules. `OperationHooks` handles the functions that `conditions.Functions`
+`hooked` puts hooks on the units that are modules. `OperationHooks` wraps the functions that `conditions.Functions`
 sees, and asks `Discovery` which units they use. The observer is asked to start a unit before it runs, and is shown
 its output after."""
 from __future__ import annotations
@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .attention import arguments_of, beside, input_projections, with_projected
+from .conditions import in_transform
 from .discovery import Discovery, Use
 from .operations import COPIES, OPERATIONS
 from .sharded import engine_hooks, forwards
@@ -25,16 +25,17 @@ __all__ = ['Observer', 'hooked', 'OperationHooks']
 
 
 class Observer(Protocol):
-    "Who is shown the units."
+    "What is shown the units."
     changes: bool  # Whether it may change a unit: it is to start units, and solvers are shown inputs and outputs
-    busy: bool  # Whether it is to be shown nothing: it runs a unit again, say
-    in_graph: bool  # Whether gradients are to reach what it is shown. They reach what the model goes on with
+    busy: bool  # Whether it is shown nothing at the moment: it runs a unit again, say
+    in_graph: bool  # Whether gradients must reach what it is shown. They always reach what the model goes on with
     def start(self, u: Unit) -> bool:
-        "Give the unit its starting weights, if it is due. Returns whether its weights have changed."
+        "Give the unit its starting weights, if it has none yet. Returns whether its weights have changed."
     def observe(self, u: Unit, out: Any, again: Callable[[], Any] | None = None, rows: slice | None = None) -> Any:
-        """See the output of a unit. If it is no module: what runs it again, and which rows are its own, if not all.
+        """See the output of a unit. Returns the output to go on with, or `None` if that is `out`.
 
-        Returns the output to go on with, or `None` if that is `out`."""
+        A unit that is not a module comes with `again`, which runs it again. It may own only some `rows` of the
+        output."""
 
 
 # ---- Modules
@@ -51,9 +52,20 @@ def hooked(model: nn.Module, solvers: Mapping[Unit, Solver], observer: Observer)
 
 
 def _hooks(u: Unit, solver: Solver, observer: Observer) -> Iterable[RemovableHandle]:
-    "Hooks on one unit. Those that keep the input or the output come ahead of others' hooks, which may change it."
+    """Hooks on one unit. They run in this order:
+
+        start, keep_input, hooks of others, (forward), keep_output, hooks of others, observe
+
+    The hooks of others may change the input, and do so once more when the unit runs again. So it is kept before. They
+    may change the output, too. What is kept before tells whether they did. Hooks of torch's own gather the weight
+    before the forward and let it go after it. `start` and `observe` need it gathered:
+
+        keep_input, torch gathers, start, (forward), observe, torch lets go
+
+    A solver that runs the unit again observes last, as torch gathers the weight for each run."""
     m = u.module
-    engine = engine_hooks(m)  # torch's own hooks gather the weights, and take them away
+    torch_gathers = engine_hooks(m)
+    start_first,observe_first = not torch_gathers,torch_gathers and not solver.needs_input
 
     def keep_input(module, args, kwargs): solver.keep_input(args, kwargs)
     def keep_output(module, args, out): solver.keep_output(out)
@@ -63,8 +75,8 @@ def _hooks(u: Unit, solver: Solver, observer: Observer) -> Iterable[RemovableHan
     if observer.changes:
         if solver.needs_input: yield m.register_forward_pre_hook(keep_input, prepend=True, with_kwargs=True)
         if solver.needs_output: yield m.register_forward_hook(keep_output, prepend=True)
-        yield m.register_forward_pre_hook(start, prepend=not engine)
-    yield m.register_forward_hook(observe, prepend=engine and not solver.needs_input)
+        yield m.register_forward_pre_hook(start, prepend=start_first)
+    yield m.register_forward_hook(observe, prepend=observe_first)
 
 
 # ---- Operations
@@ -76,23 +88,23 @@ class OperationHooks:
 
     @property
     def functions(self) -> tuple[dict[Callable, Callable], set[int] | None]:
-        "What `conditions.Functions` takes: handlers by function, and a set that notes the parameters functions take."
+        "The first two arguments of `conditions.Functions`: wrappers, and a set for the parameters that functions take."
         if not self.discovery.sources.matrices: return {}, None
-        handlers = {**dict.fromkeys(OPERATIONS, self._operation), **dict.fromkeys(COPIES, self._copy),
+        wrappers = {**dict.fromkeys(OPERATIONS, self._operation), **dict.fromkeys(COPIES, self._copy),
                     F.multi_head_attention_forward: self._attention}
-        return handlers, self.discovery.taken
+        return wrappers, self.discovery.taken
 
-    def _copy(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
+    def _copy(self, func: Callable, run: Callable, /, *args, **kwargs) -> Any:
         out = run(*args, **kwargs)
         if not self._off(): self.discovery.sources.note(out, args, COPIES[func])
         return out
 
-    def _operation(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
+    def _operation(self, func: Callable, run: Callable, /, *args, **kwargs) -> Any:
         if not self.discovery.concerns(args, kwargs) or self._off(): return run(*args, **kwargs)
         return self._show(self.discovery.uses(func, args, kwargs), partial(run, *args, **kwargs))
 
-    def _attention(self, func: Callable, run: Callable, args: tuple, kwargs: dict) -> Any:
-        "The inputs are projected here first, to be seen. Attention does it again, unless gradients are to come here."
+    def _attention(self, func: Callable, run: Callable, /, *args, **kwargs) -> Any:
+        "Project the inputs here, to show them. Attention projects them again, unless gradients must come through here."
         if self._off(): return run(*args, **kwargs)
         arguments,in_graph,projected = arguments_of(args, kwargs),self.observer.in_graph,[]
         project = F.linear if in_graph else beside
@@ -122,5 +134,5 @@ class OperationHooks:
         return out if new is None else new
 
     def _off(self) -> bool:
-        "Whether nothing is to be looked at: a unit is run again, or a transform of `torch.func` runs."
-        return self.observer.busy or torch._C._functorch.peek_interpreter_stack() is not None
+        "Whether nothing is shown at the moment."
+        return self.observer.busy or in_transform()

@@ -7,7 +7,8 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from .rows import DONE, Row, shortened
+from .rows import DONE, Row
+from .text import shortened
 
 __all__ = ['plot_rows', 'name_rows']
 

@@ -1,10 +1,9 @@
-"""A `Row` of the report, what its status means (`STATUSES`), and how numbers and names are written."""
+"""A `Row` of the report, and what its status means: `STATUSES`."""
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ['Row', 'STATUSES', 'ADVICE', 'DONE', 'OUTSIDE', 'advice', 'counted', 'number', 'span',
-           'some_names', 'shortened']
+__all__ = ['Row', 'STATUSES', 'ADVICE', 'DONE', 'OUTSIDE', 'advice']
 
 STATUSES = {
     'ok': "the last pass found it at its target",
@@ -82,27 +81,3 @@ def advice(
     "What a status means and, where LSUV has run, what to do about it."
     if not corrected: return f'{_OF_STATS.get(status, STATUSES[status])}.'
     return f'{STATUSES[status]}. {ADVICE[status]}'
-
-
-def counted(n: int, one: str, many: str = '') -> str: return f'{n} {one if n == 1 else many or one + "s"}'
-
-
-def number(v: float | None, small: bool = False) -> str:
-    "Four decimals, or three digits where those would not do (for numbers near zero only if `small` ones matter)."
-    if v is None: return ''
-    if abs(v) >= 1e4 or small and 0 < abs(v) < 1e-3: return f'{v:.2g}' if abs(v) < 1 else f'{v:.3g}'
-    return f'{round(v, 4) + 0.:.4f}'
-
-
-def span(vs: list[float]) -> str:
-    vs = [v for v in vs if v == v]
-    return f'{number(min(vs))} to {number(max(vs))}' if vs else ''
-
-
-def some_names(names: list[str], most: int = 5) -> str:
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
-
-
-def shortened(name: str, most: int) -> str:
-    "A name of at most so many characters. The front of a longer one is cut."
-    return name if len(name) <= most else '…' + name[1 - most:]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .text import some_names
 from .units import Unit
 from .views import Source
 from .weights import is_layer, made_of
 
 __all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'outside_of', 'wanted', 'is_named',
-           'names_in', 'names_module', 'some', 'RECURRENT']
+           'names_in', 'names_module', 'RECURRENT']
 
 RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
 
@@ -47,8 +48,9 @@ def select_modules(
             of_model = isinstance(e, nn.Module)
             problem = f"{type(e).__name__} is not in the model" if of_model else f"no module of {what} matches {e!r}"
             weights = [h.name for h in loose if h.param.dim() > 1]
-            more = f"; weights that no layer applies: {some(weights)}" if weights else ''
-            raise ValueError(f"modules: {problem}; {takes}. Names here: {some(n for n, _ in named if n)}{more}")
+            more = f"; weights that no layer applies: {some_names(map(repr, weights), 8)}" if weights else ''
+            names = some_names((repr(n) for n, _ in named if n), 8)
+            raise ValueError(f"modules: {problem}; {takes}. Names here: {names}{more}")
         picked_ids |= {inside.get(id(m), id(m)) for m in hits}
     return [(n, m) for n, m in named if id(m) in picked_ids]
 
@@ -126,10 +128,11 @@ def _is_compiled_layer(m: nn.Module) -> bool:
     return isinstance(w, Tensor) and w.dim() > 1 and 'Embedding' not in m.original_name
 
 
-def some(names: Iterable[str], most: int = 8) -> str:
-    "The first names, and how many there are."
-    names = list(names)
-    return ', '.join(map(repr, names[:most])) + (f', ... ({len(names)} in all)' if len(names) > most else '')
+def _refuse_compiled(named: Iterable[tuple[str, nn.Module]]) -> None:
+    for n, m in named:
+        if _is_compiled_layer(m):
+            raise TypeError(f"model: {repr(n) if n else 'it'} is a {m.original_name} compiled by torch.jit, which "
+                            "Python hooks do not reach; initialize the model first, then script or trace it")
 
 
 def measurable(
@@ -138,11 +141,10 @@ def measurable(
     loose: Sequence[Source] = ()  # As in `select_modules`
 ) -> list[Unit]:
     "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
-    for n, m in model.named_modules() if modules is None else select_modules(model, modules, loose):
-        if _is_compiled_layer(m):
-            raise TypeError(f"model: {repr(n) if n else 'it'} is a {m.original_name} compiled by torch.jit, which "
-                            "Python hooks do not reach; initialize the model first, then script or trace it")
-    units = [Unit(n, m) for n, m in select_modules(model, modules, loose)]
+    if modules is None: _refuse_compiled(model.named_modules())
+    selected = select_modules(model, modules, loose)
+    _refuse_compiled(selected)
+    units = [Unit(n, m) for n, m in selected]
     for u in units:
         for r in u.refs:
             if r.tensor is not None and r.tensor.is_complex():

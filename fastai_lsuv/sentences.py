@@ -5,7 +5,8 @@ import math
 from collections import Counter
 from typing import Sequence
 
-from .rows import DONE, OUTSIDE, STATUSES, Row, counted, number, some_names
+from .rows import DONE, OUTSIDE, STATUSES, Row
+from .text import counted, number, some_names
 
 __all__ = ['seen', 'done', 'covered', 'left_out', 'left_alone', 'remarks']
 

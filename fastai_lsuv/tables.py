@@ -7,7 +7,8 @@ from collections import Counter
 from itertools import groupby
 from typing import Sequence
 
-from .rows import STATUSES, Row, advice, number, span
+from .rows import STATUSES, Row, advice
+from .text import number, span
 
 __all__ = ['Table', 'has_baseline', 'has_gradients']
 

@@ -9,6 +9,10 @@ from networks import NETWORKS, Mod, cnn
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv.discovery import Discovery
+from fastai_lsuv.options import Options
+from fastai_lsuv.passes import Passes
+from fastai_lsuv.selection import loose_parameters
 
 
 def counted(model):
@@ -112,3 +116,16 @@ def test_a_layer_whose_weight_its_parent_applies_itself():
 def test_data_dependent_control_flow():
     model, batch = NETWORKS['hand/control_flow']()
     assert statuses(init(model, batch)) == {'a': 'ok', 'b': 'ok', 'never': 'not called'}
+
+
+def test_a_look_notes_the_parameters_that_functions_take():
+    model,x = Mod(lambda m, x: x @ m.w, w=nn.Parameter(torch.randn(8, 8))),torch.randn(4, 8)
+    options = Options('std mean', None, None, 0., 1., 1e-3, 0.1, 10, False, False)
+
+    def prepare(u): u.target = options.target(u)
+
+    discovery = Discovery(loose_parameters(model), lambda *args: True, prepare)
+    passes = Passes(model, [], discovery)
+    for _ in range(2):
+        passes.look(lambda: model(x))
+        assert discovery.taken == {id(model.w)} and [u.name for u in passes.order] == ['w']

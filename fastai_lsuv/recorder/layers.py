@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..discovery import OperationUnit
-from ..rows import shortened
+from ..text import shortened
 from ..selection import loose_parameters, select_modules
 
 __all__ = ['RecordedLayer', 'Bound', 'find_layers', 'layers_of', 'label_of']

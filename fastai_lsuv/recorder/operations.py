@@ -17,7 +17,8 @@ from ..conditions import Functions
 from ..discovery import Discovery, OperationUnit
 from ..hooks import OperationHooks
 from ..operations import COPIES
-from ..selection import is_named, loose_parameters, names_in, names_module, select_modules, some
+from ..selection import is_named, loose_parameters, names_in, names_module, select_modules
+from ..text import some_names
 from ..units import Unit
 from ..views import Source
 
@@ -55,17 +56,17 @@ class RecordedOperations:
 
     def _mode(self) -> Functions | None:
         "What sees the functions. `torch.compile`d code leaves its graph for it, so that it sees numbers."
-        handlers,_ = OperationHooks(self.discovery, self).functions
-        seen = {f: self._noting(h) for f, h in handlers.items() if not self.settled or f in self.useful}
+        wrappers,_ = OperationHooks(self.discovery, self).functions
+        seen = {f: self._noting(h) for f, h in wrappers.items() if not self.settled or f in self.useful}
         if 'torch._dynamo' in sys.modules: seen = {f: torch.compiler.disable(h) for f, h in seen.items()}
         return Functions(seen) if seen else None
 
     def _noting(self, handler: Callable) -> Callable:
         "A handler that notes whether its function is of use."
-        def handle(func, run, args, kwargs):
+        def handle(func, run, /, *args, **kwargs):
             copies = self.discovery.sources.copies
             before = self.n_uses, len(copies)
-            out = handler(func, run, args, kwargs)
+            out = handler(func, run, *args, **kwargs)
             if before != (self.n_uses, len(copies)): self.useful.add(func)
             return out
         return handle
@@ -114,7 +115,7 @@ class RecordedOperations:
         recorded = [(n, u.weight.view.source) for u, n in self.names.items()]
         for e in names_in(self.modules):
             if names_module(e, self.model) or any(is_named(e, *r) for r in recorded): continue
-            there = some(self.seen) or 'none'
+            there = some_names(map(repr, self.seen), 8) or 'none'
             return (f"modules: no linear operation of the first step took {e!r}; the operations on weights that no "
                     f"layer applies were: {there}")
         if self.names or self.layers: return ''
