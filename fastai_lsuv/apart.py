@@ -1,8 +1,8 @@
-"""Units that not every rank runs: experts, to which the samples of one rank may go and those of another may not.
+"""Units that not every rank runs: experts, to which samples of one rank may go while none of another rank do.
 
-Ranks pool moments where a unit runs, so all must run the same units in the same order. A slice of a parameter is
-therefore set apart where there are several ranks: `gather` pools its moments after the pass, for all slices at once.
-`Passes` starts and corrects it then."""
+Ranks pool the moments of other units while these run. For that, all ranks must run the same units in the same order.
+Experts are slices of a parameter. With several ranks, each such slice is set apart: `pool_apart` pools its moments
+after the pass, for all slices at once, and `Passes` starts and corrects it then."""
 from __future__ import annotations
 
 from .discovery import Discovery, OperationUnit
@@ -10,11 +10,11 @@ from .moments import pool
 from .observations import Observation
 from .ranks import of_all_ranks, several_ranks
 
-__all__ = ['gather']
+__all__ = ['pool_apart']
 
 
-def gather(discovery: Discovery) -> list[OperationUnit]:  # Those that some rank has run, in the same order on all
-    "Pool what the ranks have seen of such units in this pass. A unit that this rank does not know of yet is made."
+def pool_apart(discovery: Discovery) -> list[OperationUnit]:  # Those that some rank has run, in one order on all ranks
+    "Pool what the ranks have seen, in this pass, of units set apart. This makes those that only other ranks have run."
     if not several_ranks(): return []
     units = [u for u in discovery.units.values() if u.apart and u.seen.now is not None]
     of_ranks = of_all_ranks([(u.recipe, u.seen.now.shape, u.seen.now.moments) for u in units])

@@ -1,7 +1,7 @@
-"""The weights of `F.multi_head_attention_forward`, which projects its inputs out of sight.
+"""The projections inside of `F.multi_head_attention_forward`, which no hook and no `TorchFunctionMode` sees.
 
-Each projection of an input is given as the linear layer that it is. `beside` does it to be seen alone. `with_projected`
-has attention go on with it."""
+`input_projections` gives each projection of an input as a linear layer. `beside` computes one only to measure it.
+`with_projected` makes attention take inputs that are projected already."""
 from __future__ import annotations
 
 import inspect
@@ -42,12 +42,12 @@ def input_projections(arguments: dict[str, Any]) -> Iterator[Projection]:
 
 @torch.no_grad()
 def beside(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    "A projection that is measured alone. Autocast must not keep a weight that was cast here, without its gradient."
+    "A projection that is only measured. Autocast must not keep the weight it casts here, which has no gradient."
     return F.linear(x.detach(), weight.detach(), bias.detach() if bias is not None else None)
 
 
 def with_projected(arguments: dict[str, Any], qkv: list[Tensor]) -> dict[str, Any]:
-    "The arguments of an attention that has its inputs projected, samples first. Its own projection changes nothing."
+    "The arguments for inputs that are projected already, samples first. Attention's own projection is the identity."
     inputs = dict(zip(('query', 'key', 'value'), (x.transpose(0, 1) if x.dim() == 3 else x for x in qkv)))
     same = torch.eye(arguments['embed_dim_to_check'], dtype=qkv[0].dtype, device=qkv[0].device)
     weights = dict(q_proj_weight=same, k_proj_weight=same, v_proj_weight=same, in_proj_weight=None, in_proj_bias=None)

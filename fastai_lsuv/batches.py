@@ -44,9 +44,9 @@ _MOST_ITEMS,_MOST_OBJECTS = 1000,2000
 def no_trace(learn: Learner) -> Iterator[None]:
     """Leave no trace of what is done inside, however it ends.
 
-    Put back are the generators of random, numpy and torch; autocast; the attributes of the Learner, its callbacks and
-    optimizer, of the training DataLoader and what it is made of (samplers, transforms, dataset), and of those whose
-    hooks are on the model; and these hooks. The model's own attributes are `lsuv_init`'s to keep."""
+    This puts back the generators of random, numpy and torch, autocast, and the hooks on the model. It puts back the
+    attributes of the Learner, of its callbacks and optimizer, of the training DataLoader and what it is made of
+    (samplers, transforms, dataset), and of the owners of hooks on the model. `lsuv_init` puts back the model's own."""
     feeders = [cb for cb in learn.cbs if _feeds(cb)]
     held = (v for cb in feeders for v in vars(cb).values())
     reached = [*_reachable([learn.dls.train]), *_reachable(held)]
@@ -94,7 +94,7 @@ def _reachable(roots: Iterable[Any]) -> list[Any]:
 
 
 def _hooked_by(model: nn.Module) -> list[Any]:
-    "Those whose methods are hooks of the model: a fastai `Hook` keeps there what it saw last."
+    "The objects whose methods are hooks of the model. A fastai `Hook` is one, and keeps what it saw last."
     hooks = [h for m in model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     owners = [getattr(h, '__self__', None) for h in hooks if not is_engine_hook(h)]
     return [o for o in owners if o is not None and not isinstance(o, _OPAQUE)]
@@ -123,33 +123,33 @@ class _Autocast:
 
 def model_inputs(
     learn: Learner,
-    min_samples: int,  # Smaller mini-batches are gathered until they hold as many, where their shapes allow
-    log: Callable[[str], object],  # Told once where they do not
+    min_samples: int,  # Smaller mini-batches are joined until they hold as many, where their shapes allow
+    log: Callable[[str], object],  # Told once where their shapes do not
     begun: Iterable[Callback] = (),  # Callbacks whose `before_fit` has run
-    on_batch: Callable[[Callable], object] = noop  # Told of each, by a function that makes its training loss
+    on_batch: Callable[[Callable], object] = noop  # Called for each, with a function that makes its training loss
 ) -> Iterator[tuple]:  # Tuples of the model's inputs
     """Fresh mini-batches from the training DataLoader, epoch after epoch, through its transforms and the callbacks that
     change the input.
 
     Use it inside `no_trace`, and close it there. Under `torch.distributed` each rank takes its own: rank r the batches
     r, r + world size, ..., where the DataLoader does not divide them already."""
-    gathered: list[tuple] = []
-    gathers,given = True,False
+    parts: list[tuple] = []
+    joins,given = True,False
     with closing(_through_callbacks(learn, begun)) as batches:
         for xb in batches:
-            gathered.append(xb)
-            if gathers and sum(map(_size, gathered)) < min_samples: continue
-            joined = join(gathered) if gathers else xb
+            parts.append(xb)
+            if joins and sum(map(_size, parts)) < min_samples: continue
+            joined = join(parts) if joins else xb
             if joined is None:
-                gathers = False
+                joins = False
                 log(f"LSUV uses mini-batches of {_size(xb)} samples: their shapes differ, so it cannot join them to "
                     f"min_samples={min_samples}.")
             on_batch(partial(training_loss, learn))
-            yield joined or max(gathered, key=_size)
-            gathered,given = [],True
-    if gathered and not given:  # a stream that ended, and does not begin again
+            yield joined or max(parts, key=_size)
+            parts,given = [],True
+    if parts and not given:  # a stream that ended, and does not begin again
         on_batch(partial(training_loss, learn))
-        yield join(gathered) or max(gathered, key=_size)
+        yield join(parts) or max(parts, key=_size)
 
 
 def training_loss(learn: Learner) -> Callable[[Callable], Any] | None:  # `None` if the mini-batch has no targets

@@ -162,7 +162,7 @@ def lsuv_init(self: Learner, **kwargs) -> LSUVReport:  # A row a unit, in order 
 
 
 class _Progress:
-    "A progress bar over the units of a pass, shown only when passes take long."
+    "A progress bar over the units of a pass. It is shown only if the passes take long."
     def __init__(self, learn: Learner):
         wanted = any(isinstance(cb, ProgressCallback) for cb in learn.cbs) and learn.create_mbar
         self.show = wanted and learn.logger is not noop and not rank_distrib()

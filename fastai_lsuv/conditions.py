@@ -25,7 +25,7 @@ from .weights import is_layer
 
 __all__ = ['measuring', 'Functions', 'NormWatch', 'in_transform']
 
-# Classes of stochastic modules that are no `_DropoutNd`: DropPath, StochasticDepth, WeightDropout, DropBlock2d, ...
+# Classes of stochastic modules that are not a `_DropoutNd`: DropPath, StochasticDepth, WeightDropout, DropBlock2d, ...
 _STOCHASTIC = re.compile(r'Drop(?![a-z])|Drop(out|path|block)|Stochastic')
 # Differences of so many roundings are rounding noise.
 _ROUNDINGS = 4
@@ -34,21 +34,21 @@ _ROUNDINGS = 4
 # ---- Norm layers
 
 class NormWatch:
-    """Notices a norm layer that sees samples which are alike.
+    """Watches the norm layers, and notices one whose samples are alike.
 
-    Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than its eps, and the
-    scale of everything behind it rests on that. The share of the output's variance that comes from the input, and not
-    from eps, tells it. `spread` is the smallest such share so far. It stays 1 while samples differ. `normed` is True
-    once a norm layer has run."""
+    Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than the layer's eps, and
+    the scale of everything behind the layer rests on it. The variance v of the input makes v/(v + eps) of the variance
+    of the output. `spread` is the smallest such share so far. It stays 1 while samples differ. `normed` is True once a
+    norm layer has run."""
     def __init__(self): self.reset()
 
     def reset(self) -> None: self.spread,self.normed = 1.,False
 
     def see(self,
-        mean: Tensor,  # Of each group that the layer normalizes
+        mean: Tensor,  # Mean of each group that the layer normalizes
         var: Tensor,  # Population variance of each group
-        eps: float,  # The layer's
-        dtype: torch.dtype  # Of its input
+        eps: float,  # The layer's eps
+        dtype: torch.dtype  # Type of the layer's input
     ) -> None:
         self.normed = True
         mean,var = torch.stack([mean.flatten(), var.flatten()]).cpu().double().numpy()
@@ -190,7 +190,7 @@ class Functions(TorchFunctionMode):
 
 
 def _reads(func: Callable) -> bool:
-    "Whether a function reads an attribute of a tensor that is no tensor itself."
+    "Whether a function reads an attribute of a tensor, such as its shape, that is not a tensor."
     of = getattr(func, '__self__', None)
     return getattr(func, '__name__', '') == '__get__' and getattr(of, '__name__', '') not in ('T', 'mT', 'H', 'data')
 
@@ -198,11 +198,11 @@ def _reads(func: Callable) -> bool:
 @contextmanager
 def measuring(
     model: nn.Module,
-    watch: NormWatch,  # Told of the norm layers that run
+    watch: NormWatch,  # Sees the norm layers that run
     wrappers: dict[Callable, Callable] = {},
     taken: set[int] | None = None  # These as `Functions` takes them
 ) -> Iterator[None]:
-    "Train mode without dropout. The switches of dropout are put back here. `preserved` puts the modes back."
+    "Run the model in train mode, without dropout. `preserved` puts the modes back; the switches are put back here."
     was = [(m, k, v) for m in model.modules() for k, v in _switches(m)]
     try:
         model.train()

@@ -34,7 +34,7 @@ class OperationUnit(Unit):
         self.weight = weight
         self.replaces: Unit | None = source.unit  # The unit of a layer that the model does not call
         if self.replaces is not None: self.kind = self.replaces.kind
-        self.added_bias: Tensor | None = None  # That the operation adds
+        self.added_bias: Tensor | None = None  # The bias that the operation adds, whoever owns it
         self.apart = several_ranks() and view.index() is not None
         of_bias = bias.view.recipe if bias is not None else None
         self.recipe = (*view.recipe, layout, of_bias, affine)  # what other ranks can make it of
@@ -59,7 +59,7 @@ class Use:
     rows: slice | None = None  # Which rows of the output are the unit's; `None`: all
 
     def refresh(self) -> None:
-        "Have the copies hold what the parameters now do."
+        "Compute the copies again from what the parameters now hold."
         for c in self.copies: c.refresh()
 
 
@@ -76,10 +76,10 @@ class Discovery:
         self.taken: set[int] = set()  # Parameters that some function took, by id
         self.closed = False  # Whether there are no further units
 
-    def look_for(self, units: Iterable[Unit]) -> bool:  # Whether there are any
-        """Look for the weights of layers that the model does not call, from now on.
+    def look_for(self, units: Iterable[Unit]) -> bool:  # Whether there are any such weights
+        """From now on, look for the weights of these layers in operations too. The model does not call the layers.
 
-        Their parent may apply them by itself. Their rows are then those of the operations that do."""
+        A parent may apply their weights itself. The rows of the layers are then those of the operations."""
         layers = [u for u in units if u.is_module and u.layer is u.module and u.affine and not u.left_alone]
         sources = [Source(f'{u.name}.{k}' if u.name else k, u.module, k, p, u) for u in layers
                    for k, p in u.module._parameters.items() if p is not None]
@@ -89,7 +89,7 @@ class Discovery:
     # ---- What an operation uses
 
     def concerns(self, args: tuple, kwargs: dict) -> bool:
-        "Whether one of the arguments of a function, or of the tensors in a list of them, is of a parameter."
+        "Whether an argument of a function, or a tensor in an argument that is a list, comes from a parameter."
         flat = [a for o in args for a in (o if isinstance(o, (list, tuple)) else (o,))] + list(kwargs.values())
         return any(isinstance(t, Tensor) and self.sources.find(t) is not None for t in flat)
 
@@ -108,14 +108,14 @@ class Discovery:
         return self._use(view, layout, bias, affine)
 
     def uses_as_linear(self, weight: Tensor, bias: Tensor | None, letter: str = '') -> list[Use]:
-        "The use of a weight as that of a linear layer. A letter sets it apart from others in the same parameter."
+        "The use of a weight as that of a linear layer. A letter tells it from others in the same parameter."
         view = self.sources.find(weight)
         if view is None: return []
         layout = OPERATIONS[F.linear].call((None, weight, bias), {}).layout('weight')
         return self._use(view, layout, bias, name=f'{view.source.name}[{letter}]' if letter else '')
 
     def _has_input(self, call: Call, weight: str) -> bool:
-        "Whether anything but weights goes into the operation. A product of weights is no activation."
+        "Whether anything but weights goes into the operation. A product of weights is not an activation."
         others = [a for n, a in call.arguments.items() if n not in (weight, call.operation.bias)]
         views = [self.sources.find(a) for a in others if isinstance(a, Tensor)]
         return any(v is None or 0 in v.stride or len(v.size) > 2 for v in views)
@@ -149,7 +149,7 @@ class Discovery:
 
     def _unit(self, view: View, layout: Layout, bias: View | None, affine: bool, name: str = ''
               ) -> OperationUnit | None:
-        "The unit of a view in the direction in which it is used. It is made at its first use, if it is wanted."
+        "The unit of a view and of the direction of its use. It is made at the first use, if it is wanted."
         key = _key(view, layout)
         if key in self.units or self.closed: return self.units.get(key)
         of_layer,name = view.source.unit,name or view.name
@@ -166,7 +166,7 @@ class Discovery:
         return u
 
     def close(self) -> None:
-        "Make no further units: those of slices that were not used are the last."
+        "Make the units of unused slices, and none after them. The recorder closes it after the first step."
         self.units |= {_key(u.weight.view, u.weight.layout): u for u in unused_slices(self)}
         self.closed = True
 
@@ -178,7 +178,7 @@ class Discovery:
 
 
 def unused_slices(discovery: Discovery) -> Iterator[OperationUnit]:
-    "Units for the slices of a parameter that no operation took, where it took others: experts without a token."
+    "Units for the slices that no operation took, of parameters with slices that were taken: experts without a token."
     by_param: dict[int, dict[int, OperationUnit]] = {}
     for u in discovery.units.values():
         if (i := u.weight.view.index()) is not None: by_param.setdefault(id(u.weight.value), {})[i] = u

@@ -1,8 +1,8 @@
 """Mini-batches for the model: `Feed` takes whatever `batches` is, and gives the model's inputs, on its device.
 
-A fresh mini-batch a pass, for as long as there are any; an iterable begins anew when it ends, anything else gives its
-last again. `gather` joins further ones to the last, where its samples are alike. Lazy modules get their weights from
-the first."""
+Each pass gets a fresh mini-batch, as long as there are any. An iterable begins anew when it ends. An iterator that has
+ended, and a single mini-batch, are used again as they are. `join_more` joins further mini-batches to the present one,
+where its samples are alike. Lazy modules get their weights from the first."""
 from __future__ import annotations
 
 import inspect
@@ -77,7 +77,7 @@ class Feed:
         self.joined = 1
         return any_rank(in_step(advance))
 
-    def gather(self) -> bool:
+    def join_more(self) -> bool:
         "Join fresh mini-batches to the present one, as many as it holds. Returns whether there are any."
         parts,held,any_fresh = [self.batch],self.joined,False
         for _ in range(held):
@@ -88,9 +88,9 @@ class Feed:
         return any_fresh
 
     def _fresh(self) -> Any:
-        """The next mini-batch, or `None` if there is no other than the last.
+        """The next mini-batch, or `None` if there is none but the last.
 
-        An iterable that can be iterated again is, when it ends."""
+        An iterable begins anew when it ends, if it can be iterated again."""
         b = next(self.stream, None)
         if b is None and not self.one and (again := iter(self.batches)) is not self.batches:
             self.stream = again
@@ -156,12 +156,12 @@ def _level_of_caller() -> int:
 def _check_call(
     model: nn.Module,
     batch: Any,  # The inputs
-    number: int,  # Of the mini-batch
+    number: int,  # The number of the mini-batch
     n_inp: int | None  # As in `lsuv_init`
 ) -> None:
     "Raise `TypeError` if the model does not take as many inputs as a mini-batch holds."
     args,kwargs = arguments(batch)
-    # These may make other inputs of them.
+    # A `__call__` of its own or a hook may make other inputs of them.
     if type(model).__call__ is not nn.Module.__call__ or model._forward_pre_hooks: return
     try: takes = inspect.signature(model.forward, follow_wrapped=False)
     except (TypeError, ValueError): return  # compiled code may not tell

@@ -1,7 +1,7 @@
 """The gradients of a loss by layer: `gradients_of` runs one forward and one backward, and touches no `.grad`.
 
-They tell whether layers will learn at the same pace. Plain autograd takes them: under `torch.distributed` they are
-those of this rank."""
+They tell whether layers will learn at the same pace. Under `torch.distributed` they are those of this rank, as plain
+autograd gives them."""
 from __future__ import annotations
 
 import math
@@ -60,7 +60,7 @@ class _Listener:
 
 
 def _mean(loss: Any) -> Tensor:
-    "The loss as one number. Raises `TypeError` if it is no tensor."
+    "The loss as one number. Raises `TypeError` if it is not a tensor."
     if isinstance(loss, Tensor): return loss.float().mean() if loss.dtype.itemsize < 4 else loss.mean()
     raise TypeError(f"loss: it gives a {type(loss).__name__}; `layer_stats` takes a loss that gives a tensor")
 

@@ -92,8 +92,8 @@ def initialize(
     get_input: Callable[[Any], Any] | None = None,
     loss: Callable[[Callable], Any] | None = None,
     force: bool = False,  # All of these as in `lsuv_init`
-    keep: Callable[[Unit], bool] | None = None,  # Which units are left alone as frozen ones are
-    watch: Callable[[int, int], object] | None = None  # Told during a pass how many units of how many have run
+    keep: Callable[[Unit], bool] | None = None,  # Whether a unit is left alone, as a frozen one is
+    watch: Callable[[int, int], object] | None = None  # Called during a pass as `watch(n_run, n_units)`
 ) -> LSUVReport:
     "`lsuv_init` without its warning."
     def initialized() -> LSUVReport:

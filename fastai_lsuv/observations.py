@@ -1,6 +1,6 @@
 """What passes have seen of one unit: an `Observation` a pass, and `Observations`, those that still count.
 
-They are facts. `Unit` holds them against its target."""
+`Unit` compares them with its target."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ RECENT = 4  # Passes that are pooled where fresh mini-batches disagree
 class Observation:
     "What one pass sees of a unit."
     by_channel: bool  # Whether the moments tell channels apart: biases differ, or each channel is normalized
-    shape: tuple[int, ...] = ()  # Of the output, in the last call
+    shape: tuple[int, ...] = ()  # Shape of the output, in the last call
     moments: list[Moments] = field(default_factory=list)  # Of each call's output, under the weights as they now are
 
     @property
@@ -35,15 +35,15 @@ class Observations:
     def forget(self) -> None:
         self.now: Observation | None = None  # In this pass
         self.last: Observation | None = None  # In the last pass before this one that ran the unit
-        self.earlier: list[Moments] = []  # Of recent passes, under the weights as they now are
+        self.earlier: list[Moments] = []  # What recent passes saw, under the weights as they now are
         self.comparable = True  # Whether what this pass sees can be pooled with what the next sees
 
     @property
     def latest(self) -> Observation | None: return self.now or self.last
 
     def begin_pass(self,
-        fresh: bool,  # Whether on another mini-batch than the last
-        trusted: bool  # Whether what the last pass saw is to be pooled with what comes
+        fresh: bool,  # Whether the pass is on another mini-batch than the last one
+        trusted: bool  # Whether what the last pass saw may be pooled with what comes
     ) -> None:
         if self.now is not None:
             if not fresh: self.earlier = []  # the same samples tell nothing more

@@ -19,16 +19,16 @@ __all__ = ['Layout', 'Operation', 'Call', 'OPERATIONS', 'GROUPED', 'COPIES']
 @dataclass(frozen=True)
 class Layout:
     "What each dimension of a weight is for, and where the output holds the channels."
-    out: tuple[int, ...]  # The output has these, and the input has not
-    batch: tuple[int, ...]  # Both have these: a matrix of its own for each
-    fan_in: tuple[int, ...]  # The products are summed over these
-    channels: tuple[int, ...]  # Which of them hold the channels
+    out: tuple[int, ...]  # Dimensions that the output has and the input does not
+    batch: tuple[int, ...]  # Dimensions that both have, with a matrix for each index
+    fan_in: tuple[int, ...]  # Dimensions that the products are summed over
+    channels: tuple[int, ...]  # Those of `out` or `batch` that hold the channels
     channel_dim: int  # Dimension of the output that holds the channels, counted from the end
-    groups: int = 1  # Of a conv: `out` consists of so many, one after the other, each with inputs of its own
-    split: int = 1  # Of a transposed conv: dimension 0 is to be seen as so many groups
+    groups: int = 1  # A conv's groups: `out` holds this many, one after the other, each with inputs of its own
+    split: int = 1  # A transposed conv's groups: dimension 0 is split into this many
 
     def of(self, w: Tensor) -> Tensor:
-        "A weight with the dimensions that this layout tells of."
+        "A weight with the dimensions that this layout describes."
         return w.unflatten(0, (self.split, -1)) if self.split > 1 else w
 
 
@@ -54,11 +54,11 @@ class Call:
 @dataclass(frozen=True)
 class Operation:
     "A function whose output is linear in one of its arguments."
-    names: str  # Of its arguments, in order
+    names: str  # Names of its arguments, in order
     layout: Callable[[dict[str, Any], str], Layout | None]
     weights: str  # Arguments that may be the weight
     bias: str = ''  # The argument that is added
-    sure: bool = True  # Whether the weight is known by its place, and not by being a parameter
+    sure: bool = True  # Whether the weight has one place, and is not just the argument that is a parameter
 
     def call(self, args: tuple, kwargs: dict) -> Call:
         return Call({**dict(zip(self.names.split(), args)), **kwargs}, self)
@@ -182,7 +182,7 @@ def _divided(args: tuple, of: Tensor) -> Any:
     return 1/by if by is not None and args[0] is of else None
 
 
-# Functions whose output is one of their arguments, converted or multiplied by a number; and by which.
+# Functions whose output is one of their arguments, converted or multiplied by a number; and what gives that number.
 COPIES: dict[Callable, Callable[[tuple, Any], Any]] = {
     **dict.fromkeys((Tensor.to, Tensor.half, Tensor.bfloat16, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as,
                      Tensor.cpu, Tensor.cuda, Tensor.contiguous, Tensor.clone, torch.clone), _one),

@@ -1,4 +1,4 @@
-"""What `lsuv_init` and `LSUVCallback` can be told. `Options` holds it, and checks it once."""
+"""The options that `lsuv_init` and `LSUVCallback` share. `Options` holds them, and checks them once."""
 from __future__ import annotations
 
 import math
@@ -31,7 +31,7 @@ class Options:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Options:
-        "Those among `given`, the local variables of a function, say."
+        "The options among `given`: the local variables of a function that takes each of them, say."
         return cls(**{f.name: given[f.name] for f in fields(cls)})
 
     def __post_init__(self):
@@ -48,7 +48,7 @@ class Options:
         check_whole('max_iter', self.max_iter)
 
     def target(self, u: Unit) -> Target:
-        "What the loops are to reach at `u`."
+        "The target of the unit `u`."
         std = self.target_std
         if callable(std):
             std = std(u.name, u.module)

@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import nn
 
-from .apart import gather
+from .apart import pool_apart
 from .blame import explained
 from .conditions import Functions, NormWatch, measuring
 from .correction import Corrector
@@ -58,7 +58,7 @@ class Passes:
         self.begun,c = True,self.corrector
         c.begin_pass(correct, batch, fresh)
         with self._shown_to(c) as functions, measuring(self.model, c.norms, *functions): call(self.model, cloned(batch))
-        apart = gather(self.discovery)
+        apart = pool_apart(self.discovery)
         for u in apart:
             c.add(u)
             self.order.setdefault(u)

@@ -1,12 +1,13 @@
 """What the processes of `torch.distributed` tell each other, so that all of them compute the same weights.
 
-Each round of talk begins with a message of one size, in which a rank says what it is doing. So a rank that has failed
-can answer whatever the others ask, and ranks that do different things find out. Either ends all of them, and none
-waits for ever.
+Ranks talk in rounds. In a round (`_round`) each rank sends one message, always of the same size, which begins with what
+the rank is doing. So a rank that has raised an error can answer whatever the others ask, and ranks that do different
+things find out. In both cases all ranks raise, and none waits for ever. A rank that is killed or hangs sends nothing:
+the others wait until the timeout of the process group.
 
 `pool_ranks` pools the moments of an activation. `any_rank` and `mean_of_ranks` agree on an answer or a number.
-`in_step` makes an error on one rank an error on all. `meet` is a round with nothing to say, before the model itself
-communicates. With one process, each does nothing."""
+`of_all_ranks` gives each rank what all of them have. `in_step` makes an error on one rank an error on all. `meet` is a
+round without a question, before the model itself communicates. With one process, none of them sends anything."""
 from __future__ import annotations
 
 import pickle
@@ -20,11 +21,12 @@ import torch.distributed as dist
 
 from .moments import Evidence, Moments, pool
 
-__all__ = ['several_ranks', 'pool_ranks', 'any_rank', 'mean_of_ranks', 'of_all_ranks', 'in_step', 'meet', 'gathered']
+__all__ = ['several_ranks', 'pool_ranks', 'any_rank', 'mean_of_ranks', 'of_all_ranks', 'in_step', 'meet',
+           'arrays_of_all_ranks']
 
 T = TypeVar('T')
 
-# Bytes of a message that say what a rank does, and numbers that follow.
+# A message holds this many bytes of words, and then this many numbers.
 _WORDS,_NUMBERS = 120,12
 _FAILED = 'failed'
 # Moments of one activation, computed on several ranks, differ by no more than rounding.
@@ -36,7 +38,7 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def gathered(mine: np.ndarray) -> list[np.ndarray]:
+def arrays_of_all_ranks(mine: np.ndarray) -> list[np.ndarray]:
     "The array of each rank, all of one shape and type."
     device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
     sent = torch.from_numpy(np.ascontiguousarray(mine).view(np.uint8).reshape(-1)).to(device)
@@ -51,7 +53,7 @@ def _round(what: str, *numbers: float) -> np.ndarray:  # (ranks, numbers)
     words = what.encode()[-_WORDS:]
     message[:len(words)] = np.frombuffer(words, np.uint8)
     message[_WORDS:_WORDS + 8*len(numbers)] = np.array(numbers, np.float64).view(np.uint8)
-    said = gathered(message)
+    said = arrays_of_all_ranks(message)
     words = [s[:_WORDS].tobytes().rstrip(b'\0').decode(errors='replace') for s in said]
     if what != _FAILED: _check_all_do(words)
     return np.stack([s[_WORDS:].view(np.float64)[:len(numbers)] for s in said])
@@ -97,7 +99,7 @@ def of_all_ranks(mine: T) -> list[T]:
     sizes = _round('a list', len(packed))[:, 0].astype(int)
     padded = np.zeros(sizes.max(), np.uint8)
     padded[:len(packed)] = packed
-    return [pickle.loads(p[:n].tobytes()) for p, n in zip(gathered(padded), sizes)]
+    return [pickle.loads(p[:n].tobytes()) for p, n in zip(arrays_of_all_ranks(padded), sizes)]
 
 
 def in_step(f: Callable[[], T]) -> T:
@@ -132,7 +134,7 @@ def pool_ranks(
     most = int(told[:, 2].max())
     mine = np.zeros((2, most))
     if m is not None: mine[0, :m.mean.size],mine[1, :m.var.size] = m.mean,m.var
-    parts = [_Part.of(t, v) for t, v in zip(told, gathered(mine)) if t[0]]
+    parts = [_Part.of(t, v) for t, v in zip(told, arrays_of_all_ranks(mine)) if t[0]]
     if not parts: return None
     parts.sort(key=lambda p: p.moments.evidence.batch)
     pooled = pool([_of_one_batch(list(g)) for _, g in groupby(parts, key=lambda p: p.moments.evidence.batch)])

@@ -46,7 +46,7 @@ class Run:
         feed: Feed,  # It is used inside its `with`
         options: Options,
         loss: Callable[[Callable], Any] | None = None,  # As in `lsuv_init`
-        keep: Callable[[Unit], bool] | None = None,  # Which units are left alone as frozen ones are
+        keep: Callable[[Unit], bool] | None = None,  # As in `initialize`
         watch: Callable[[int, int], object] | None = None  # As in `initialize`
     ):
         def prepare(u):
@@ -134,7 +134,7 @@ class Run:
         doubts = {u.reason for u in self.units} & DOUBTS
         if not doubts or self.tries == _MOST_TRIES: return False
         self.tries += 1
-        if Status.ALIKE in doubts: return self.feed.gather()
+        if Status.ALIKE in doubts: return self.feed.join_more()
         return self.feed.next()
 
     def _measure_once_more(self, fresh: bool) -> None:

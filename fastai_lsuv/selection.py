@@ -29,7 +29,7 @@ def select_modules(
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
     named,what = list(model.named_modules()),type(model).__name__
-    # A parent applies an attention's inner layers by itself. Whoever selects one of them means the attention.
+    # An attention applies its inner layers itself, without calling them. One that is selected stands for the attention.
     inside = {id(c): id(m) for _, m in named if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
     if modules is None:
         picked = [(n, m) for n, m in named if is_layer(m) and id(m) not in inside]
@@ -84,8 +84,9 @@ def wanted(
     modules: Any,  # As in `select_modules`
     units: Iterable[Unit]  # The modules that are measured
 ) -> Callable[[str, Source], bool]:
-    """Which units that operations show are selected: by their name, by that of their parameter, or by a module that
-    holds them and is no unit."""
+    """Whether `modules` selects a unit that an operation shows.
+
+    An entry may give the unit's name, its parameter's, or a module that holds the parameter and is not a unit."""
     if modules is None: return lambda name, of: True
     tests = [_matcher(e) for e in _entries(modules)]
     measured = {id(u.module) for u in units if not isinstance(u.module, nn.MultiheadAttention)}
@@ -96,7 +97,7 @@ def wanted(
 
 def is_named(
     modules: Any,  # As in `select_modules`
-    name: str,  # Of a part of a parameter
+    name: str,  # Name of a part of a parameter
     of: Source  # The parameter
 ) -> bool:
     "Whether an entry is the name or a glob of a parameter, or of this part of it."
@@ -160,7 +161,7 @@ def find_units(
 ) -> list[Unit]:
     """The units of `model`, in order of registration, each with what it owns or why it is left alone.
 
-    A module that holds no layer, but loose parameters, is no unit: the operations on them are.
+    A module that holds loose parameters and no layer is not a unit. The operations on its parameters are.
 
     Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one,
     and `TypeError` as `measurable` does."""
@@ -175,7 +176,7 @@ def find_units(
         if inner is not None:
             raise ValueError(f"modules: {u.name!r} and {inner.name!r} inside it are both selected, and both would "
                              "scale the same layer; select one of them")
-    # A module that is no unit may hold the weight too (an embedding tied to a decoder), and use it in another way.
+    # A module that is not a unit may hold the weight too (an embedding tied to a decoder), and use it in another way.
     layers = {id(u.layer) for u in units} | {id(u.module) for u in units}
     others = (m for m in model.modules() if id(m) not in layers)
     elsewhere = {id(p) for m in others for p in m._parameters.values() if p is not None}

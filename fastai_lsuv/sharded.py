@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .ranks import any_rank, gathered, meet, several_ranks
+from .ranks import any_rank, arrays_of_all_ranks, meet, several_ranks
 
 __all__ = ['is_sharded', 'local', 'slices_of', 'part_of', 'whole', 'any_nonzero', 'Portion', 'portion', 'reduced',
            'class_of', 'is_engine_hook', 'engine_hooks', 'reshard', 'gathered_for', 'forwards', 'Shards', 'from_rank_0',
@@ -282,7 +282,7 @@ def drawn_alike(device: torch.device, apart: int = 0) -> Iterator[None]:
     put = partial(torch.cuda.set_rng_state, device=device) if cuda else torch.set_rng_state
     mine = get()
     meet('a draw of random numbers')
-    first = torch.from_numpy(gathered(mine.numpy())[0].copy())
+    first = torch.from_numpy(arrays_of_all_ranks(mine.numpy())[0].copy())
     put(first)
     if apart: torch.manual_seed(crc32(first.numpy().tobytes()) + apart)
     try: yield

@@ -23,7 +23,7 @@ __all__ = ['Source', 'View', 'ViewRef', 'Copy', 'Sources']
 @dataclass(frozen=True)
 class Source:
     "A parameter that a tensor may come from, and the module that holds it."
-    name: str  # As in `named_parameters()`
+    name: str  # The parameter's name, as in `named_parameters()`
     module: nn.Module
     attribute: str
     param: nn.Parameter
@@ -77,18 +77,18 @@ class View:
         return self.offset + sum((n - 1)*s for n, s in zip(self.size, self.stride)) + 1
 
     def once(self) -> View:
-        "Without the dimensions along which it repeats."
+        "The view without the dimensions along which it repeats."
         size = tuple(1 if s == 0 else n for n, s in zip(self.size, self.stride))
         return View(self.source, self.offset, size, self.stride, self.copy)
 
     def flat(self) -> View:
-        "Without the dimensions of one element, of a bias."
+        "The view, of a bias, without the dimensions of one element."
         kept = [d for d, n in enumerate(self.size) if n > 1] or [len(self.size) - 1]
         size,stride = (tuple(of[d] for d in kept) for of in (self.size, self.stride))
         return View(self.source, self.offset, size, stride, self.copy)
 
     def key(self, dims: Iterable[int] = ()) -> Any:
-        "Identifies the elements, and those among their dimensions that are named."
+        "Identifies the elements, and the dimensions among theirs that `dims` numbers."
         steps = [(n, s) for n, s in zip(self.size, self.stride) if n > 1]
         named = [s for d in dims if self.size[d] > 1 for s in [self.stride[d]]]
         return id(self.source.param), self.offset, frozenset(steps), frozenset(named)
@@ -120,7 +120,7 @@ class View:
         return ', '.join(parts)
 
     def index(self) -> int | None:
-        "Which slice along dimension 0 it is, if it is one."
+        "Its index if it is a slice along dimension 0, else `None`."
         p = self.source.param
         first = self.offset - p.storage_offset()
         is_slice = p.dim() > 2 and p.is_contiguous() and self.count == p.stride(0) == self.end - self.offset
@@ -136,7 +136,7 @@ def _place(offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> list[
 
 
 def _part(t: Tensor, base: Tensor, copy: Copy) -> View | None:
-    "The elements that `t` holds, a view of the copy `base`; `None` if they lie in no even steps."
+    "The elements that `t`, a view of the copy `base`, holds; `None` if the steps between them are not even."
     size,stride,of = base.shape,base.stride(),copy.of
     first = t.storage_offset() - base.storage_offset()
     start,steps = _place(first, size, stride),[]
@@ -246,7 +246,7 @@ class Sources:
         if s not in stored: stored.append(s)
 
     def locate(self) -> None:
-        "Note anew where the parameters are in memory. Training may have moved them."
+        "Note anew where the parameters are in memory. The recorder asks for it, as training may have moved them."
         self.by_storage = {}
         for h in self.by_id.values():
             if not is_sharded(h.param): self._stored(h)

@@ -25,7 +25,7 @@ from fastai_lsuv.batches import model_inputs, no_trace
 
 # --- mini-batches
 
-def test_small_batches_are_gathered():
+def test_small_batches_are_joined():
     learn = learner(loaders(bs=5))
     seen,lines = batches(learn, 2, 16)
     assert [len(x) for x, in seen] == [20, 20] and lines == []
@@ -40,19 +40,19 @@ def test_a_small_training_set_is_used_again():
     assert learn.lsuv.report.ok
 
 
-def test_several_inputs_are_gathered():
+def test_several_inputs_are_joined():
     learn = two_inputs()
     (x,v), = batches(learn, 1, 30)[0]
     assert x.shape == (32, 3, 12, 12) and v.shape == (32, 5)
 
 
-def test_nested_inputs_are_gathered():
+def test_nested_inputs_are_joined():
     items = [({'a': torch.randn(3), 'b': [torch.randn(2), torch.randn(1)]}, torch.randn(1)) for _ in range(20)]
     (x,), = batches(learner(loaders(items, bs=4)), 1, 16)[0]
     assert x['a'].shape == (16, 3) and x['b'][1].shape == (16, 1)
 
 
-def test_ragged_batches_are_not_gathered_and_this_is_said():
+def test_ragged_batches_are_not_joined_and_this_is_said():
     learn = classifier(LSUVCallback(), clas_bs=3)
     learn.fit(1)
     lines = said(learn)

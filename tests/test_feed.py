@@ -179,35 +179,35 @@ def numbered(*sizes): return [torch.full((n, 4), float(k)) for k, n in enumerate
 def firsts(feed): return feed.batch[:, 0].tolist()
 
 
-def test_gather_doubles_the_mini_batch_each_time():
+def test_join_more_doubles_the_mini_batch_each_time():
     with Feed(nn.Linear(4, 2), iter(numbered(2, 1, 1, 1, 3)), None, None) as feed:
         assert firsts(feed) == [0, 0] and feed.joined == 1
-        assert feed.gather() and firsts(feed) == [0, 0, 1] and feed.joined == 2
-        assert feed.gather() and firsts(feed) == [0, 0, 1, 2, 3]
-        assert feed.gather() and firsts(feed) == [0, 0, 1, 2, 3, 4, 4, 4]  # the stream has ended
-        assert not feed.gather() and len(feed.batch) == 8 and not feed.next()
+        assert feed.join_more() and firsts(feed) == [0, 0, 1] and feed.joined == 2
+        assert feed.join_more() and firsts(feed) == [0, 0, 1, 2, 3]
+        assert feed.join_more() and firsts(feed) == [0, 0, 1, 2, 3, 4, 4, 4]  # the stream has ended
+        assert not feed.join_more() and len(feed.batch) == 8 and not feed.next()
 
 
-def test_gather_moves_on_where_shapes_differ():
+def test_join_more_moves_on_where_shapes_differ():
     batches = [torch.zeros(2, 4, 3), torch.ones(2, 5, 3), torch.full((2, 5, 3), 2.)]
     with Feed(nn.Linear(3, 2), iter(batches), None, None) as feed:
-        assert feed.gather() and torch.equal(feed.batch, batches[1]) and feed.joined == 1
-        assert feed.gather() and torch.equal(feed.batch, torch.cat(batches[1:])) and feed.joined == 2
+        assert feed.join_more() and torch.equal(feed.batch, batches[1]) and feed.joined == 1
+        assert feed.join_more() and torch.equal(feed.batch, torch.cat(batches[1:])) and feed.joined == 2
 
 
-def test_gather_has_nothing_to_add_to_a_single_mini_batch():
+def test_join_more_has_nothing_to_add_to_a_single_mini_batch():
     x = torch.randn(2, 4)
     with Feed(nn.Linear(4, 2), x, None, None) as feed:
-        assert not feed.gather() and feed.batch is x and feed.joined == 1
+        assert not feed.join_more() and feed.batch is x and feed.joined == 1
 
 
-def test_gather_goes_round_a_list_again():
+def test_join_more_goes_round_a_list_again():
     with Feed(nn.Linear(4, 2), numbered(1, 1, 1), None, None) as feed:
-        assert feed.gather() and firsts(feed) == [0, 1]
-        assert feed.gather() and firsts(feed) == [0, 1, 2, 0]
+        assert feed.join_more() and firsts(feed) == [0, 1]
+        assert feed.join_more() and firsts(feed) == [0, 1, 2, 0]
 
 
 def test_next_moves_on_from_a_joined_mini_batch():
     with Feed(nn.Linear(4, 2), iter(numbered(1, 1, 1, 1)), None, None) as feed:
-        feed.gather()
+        feed.join_more()
         assert feed.next() and firsts(feed) == [2]

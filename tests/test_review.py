@@ -238,12 +238,12 @@ def test_a_mean_hides_no_outlier(mean, moments, samples):
     assert doubt(moments(torch.randn(samples, 32) + mean), 1.) == ''
 
 
-def test_gathering_doubles_the_mini_batch_and_moving_on_begins_anew():
+def test_joining_more_doubles_the_mini_batch_and_moving_on_begins_anew():
     batches = [torch.full((1, 4), float(i)) for i in range(20)]
     with Feed(nn.Linear(4, 2), iter(batches), None, None) as feed:
-        sizes = [len(feed.batch) for _ in range(3) if feed.gather()]
+        sizes = [len(feed.batch) for _ in range(3) if feed.join_more()]
         feed.next()
-        feed.gather()
+        feed.join_more()
         assert sizes == [2, 4, 8] and feed.batch[:, 0].tolist() == [8., 9.]
 
 
@@ -273,7 +273,7 @@ def test_the_warning_of_an_unused_target_points_at_the_caller():
 def test_the_only_mini_batch_of_a_list_is_not_taken_for_a_fresh_one():
     x = torch.randn(8, 16)
     with Feed(nn.Linear(16, 2), [x], None, None) as feed:
-        assert not feed.next() and not feed.gather() and feed.batch is x
+        assert not feed.next() and not feed.join_more() and feed.batch is x
 
 
 def test_a_loss_that_cannot_be_taken_any_more_puts_the_weights_back():
