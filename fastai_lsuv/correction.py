@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .conditions import NormWatch
 from .discovery import OperationUnit
-from .evidence import Context, n_samples, samples_alike
-from .moments import first_tensor
+from .evidence import n_samples, samples_alike
+from .moments import Evidence, first_tensor
 from .observations import Observation
 from .ranks import several_ranks
 from .sharded import digest, local
@@ -63,6 +63,11 @@ class Corrector:
         self.solvers[u] = choose_solver(u)
         if not u.left_alone: self.own(u.parameters)
 
+    def may_change(self, u: Unit) -> bool:
+        "Whether a unit may be changed. The first unit that runs with a weight or a bias owns it."
+        if not u.claimed: u.claim(self.owners)
+        return u.may_change
+
     def clear(self) -> None:
         "Let go of what the solvers have kept in a pass."
         for s in self.solvers.values(): s.clear()
@@ -80,7 +85,7 @@ class Corrector:
         "Start a unit that is not started yet. Returns whether its weights have changed."
         if self.preinit is None or u.started: return False
         u.started = True
-        if not u.claim(self.owners): return False
+        if not self.may_change(u): return False
         self.preinit(u)
         u.note_change()
         return True
@@ -101,11 +106,12 @@ class Corrector:
     def _measure(self, u: Unit, x: Tensor | None) -> bool:  # Whether the unit is to be corrected
         "Measure a unit's output."
         if x is None or x.numel() == 0 and not several_ranks(): return False
-        may_change,seen = self.changes and u.claim(self.owners),u.seen
+        may_change,seen = self.changes and self.may_change(u),u.seen
         now = seen.now or Observation(self._by_channel(u, may_change))
-        context = Context(sys.maxsize if u.is_module else self.samples, self.norms.spread, self.norms.normed,
-                          self.alike, self.batch)
-        m = measure(u, x, now.by_channel, context)
+        # An operation may see the tokens of a sample as rows. They count as one sample.
+        samples = sys.maxsize if u.is_module else self.samples
+        norms = self.norms
+        m = measure(u, x, now.by_channel, Evidence(samples, 0., norms.spread, norms.normed, self.alike, self.batch))
         if m is None: return False
         if seen.now is None:
             seen.now = now

@@ -1,7 +1,4 @@
-"""Which parameters the rows of a report speak for: no weight of two or more dimensions is in neither a row nor
-`outside`.
-
-`weights_of` names the parameters of a unit. `Coverage` tells what is outside of all units, why, and how much it is."""
+"""Which parameters the rows of a report speak for. Each weight of two or more dimensions is in one or in `outside`."""
 from __future__ import annotations
 
 from typing import Iterable
@@ -14,7 +11,7 @@ from .selection import RECURRENT
 from .units import Unit
 from .weights import made_of
 
-__all__ = ['Coverage', 'weights_of']
+__all__ = ['Coverage']
 
 
 def _parameters(u: Unit) -> list[nn.Parameter]:
@@ -24,16 +21,8 @@ def _parameters(u: Unit) -> list[nn.Parameter]:
     return [*held, *(r.value for r in u.refs if isinstance(r.value, nn.Parameter))]
 
 
-def weights_of(
-    u: Unit,
-    names: dict[int, str]  # Of all parameters, by id
-) -> tuple[str, ...]:
-    "The names of the parameters that a unit speaks for, its weight first."
-    return tuple(dict.fromkeys(names[id(p)] for p in _parameters(u) if id(p) in names))
-
-
 class Coverage:
-    "The parameters of two or more dimensions that no unit speaks for, and how much the others are."
+    "The parameters that each unit speaks for, and those of two or more dimensions that no unit speaks for."
     def __init__(self,
         model: nn.Module,
         units: Iterable[Unit],
@@ -42,16 +31,21 @@ class Coverage:
     ):
         named = [(n, p) for n, p in model.named_parameters() if not is_lazy(p)]
         self.names = {id(p): n for n, p in named}
+        self.of_unit = {u: _parameters(u) for u in units}
         matrices = [(n, p) for n, p in named if p.dim() > 1]
         spoken_for: dict[int, int] = {}  # Elements of each parameter
-        for u in units:
-            for p in _parameters(u):
+        for u, params in self.of_unit.items():
+            for p in params:
                 part = u.weight.view.count if isinstance(u, OperationUnit) and p is u.weight.value else p.numel()
                 spoken_for[id(p)] = min(p.numel(), spoken_for.get(id(p), 0) + part)
         total,held = sum(p.numel() for _, p in matrices),sum(spoken_for.get(id(p), 0) for _, p in matrices)
         self.share = held/total if total else 1.
         holders = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
         self.outside = {n: _why(p, holders[id(p)], discovery, selected) for n, p in matrices if id(p) not in spoken_for}
+
+    def weights_of(self, u: Unit) -> tuple[str, ...]:
+        "The names of the parameters that a unit speaks for, its weight first."
+        return tuple(dict.fromkeys(self.names[id(p)] for p in self.of_unit[u] if id(p) in self.names))
 
 
 def _why(p: nn.Parameter, holder: nn.Module, discovery: Discovery, selected: bool) -> str:

@@ -90,8 +90,10 @@ class Discovery:
 
     def concerns(self, args: tuple, kwargs: dict) -> bool:
         "Whether an argument of a function, or a tensor in an argument that is a list, comes from a parameter."
-        flat = [a for o in args for a in (o if isinstance(o, (list, tuple)) else (o,))] + list(kwargs.values())
-        return any(isinstance(t, Tensor) and self.sources.find(t) is not None for t in flat)
+        for o in (*args, *kwargs.values()):
+            for t in o if isinstance(o, (list, tuple)) else (o,):
+                if isinstance(t, Tensor) and self.sources.find(t) is not None: return True
+        return False
 
     def uses(self, func: Callable, args: tuple, kwargs: dict) -> list[Use]:
         "The uses of units by a linear operation."

@@ -5,7 +5,7 @@ ruins the network. Where one sample is far from the others, it alone sets the st
 input, what follows sees next to nothing, until training makes it large. `doubt` tells these from the data."""
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .moments import Evidence, Moments, whole_moments
 from .ranks import any_rank, several_ranks
 from .status import Status
 
-__all__ = ['Context', 'doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'unusual', 'ALIKE_SPREAD',
+__all__ = ['doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'unusual', 'ALIKE_SPREAD',
            'ALIKE_SHARE']
 
 # What is left of a float32 activation that does not vary, relative to its magnitude.
@@ -42,15 +42,6 @@ _MOST_GAIN_NORMED = 100.
 _LEAST_STD,_MOST_STD = 0.03,30.
 # A mean may be this many standard errors off. The error assumes that the elements of a sample are all the same.
 _ERRORS = 3.
-
-
-class Context(NamedTuple):
-    "What moments rest on besides the output itself. `Evidence` holds the same."
-    most_samples: int  # In the mini-batch. An operation may see their tokens side by side, as rows
-    spread: float
-    normed: bool
-    alike: bool
-    batch: float
 
 
 def doubt(

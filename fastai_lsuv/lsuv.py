@@ -23,7 +23,8 @@ from .run import Run
 from .selection import loose_parameters, measurable, outside_of, wanted
 from .sharded import is_sharded, refuse, reshard
 from .state import preserved
-from .units import Target, Unit
+from .targets import Target
+from .units import Unit
 
 __all__ = ['lsuv_init', 'layer_stats', 'initialize', 'plain']
 

@@ -7,9 +7,9 @@ one of them carries it. `pool` joins the moments of several calls, mini-batches 
 Numbers on the host are numpy's: an operation on a few numbers costs a fifth of torch's, and a pass makes thousands."""
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Sequence
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ _ROW = 2**10
 _MANY_SAMPLES = 2**12
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     "What moments rest on."
     samples: int = 1  # Samples in the mini-batch: the size of dimension 0
     top: float = 0.  # Share of the variance that rests on one sample, the largest
@@ -46,7 +45,7 @@ class Moments:
     count: int  # Elements per channel, or in the whole
     mean: np.ndarray  # (C,): mean of each channel; or a number: of the whole
     var: np.ndarray  # (C,): variance within each channel; or a number: its mean over channels, or that of the whole
-    evidence: Evidence = field(default=Evidence())
+    evidence: Evidence = Evidence()
 
     @property
     def features(self) -> float:
@@ -102,10 +101,11 @@ def flat(x: Tensor) -> Tensor:
 
 def _measurable(x: Tensor) -> Tensor:
     "`x` without its subclass and its graph. Raises `TypeError` if it is complex, `ValueError` if it is empty."
-    shape = tuple(x.shape)
-    if x.is_complex(): raise TypeError(f"LSUV normalizes real activations; got a {x.dtype} activation of shape {shape}")
+    if x.is_complex():
+        raise TypeError(f"LSUV normalizes real activations; got a {x.dtype} activation of shape {tuple(x.shape)}")
     if x.numel() == 0:
-        raise ValueError(f"batches: an activation of shape {shape} is empty; pass mini-batches with samples in them")
+        raise ValueError(f"batches: an activation of shape {tuple(x.shape)} is empty; pass mini-batches with samples "
+                         "in them")
     return x.detach().as_subclass(Tensor)
 
 

@@ -10,7 +10,8 @@ from typing import Any, Callable
 from torch import nn
 
 from .loops import parse_order
-from .units import Target, Unit
+from .targets import Target
+from .units import Unit
 
 __all__ = ['Options', 'check_whole']
 

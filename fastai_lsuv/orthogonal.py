@@ -67,7 +67,6 @@ class Deck:
     def keep(self, q: Tensor) -> None: self.kept[*q.shape, q.dtype, q.device] = q
 
 
-@torch.no_grad()
 def orthonormal(
     rows: int,  # Of all groups together
     cols: int,  # Numbers in a row

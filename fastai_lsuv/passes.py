@@ -103,7 +103,7 @@ class Passes:
     def _correct_after(self, apart: list[OperationUnit]) -> None:
         "Correct the units that are called several times or set apart. Nothing that was seen counts any more."
         seen_twice = [u for u in self.units if u.seen.now and u.seen.last and u.seen.now.repeated]
-        repeated = [u for u in seen_twice if u.claim(self.corrector.owners)]
+        repeated = [u for u in seen_twice if self.corrector.may_change(u)]
         changed = [self._correct(u) for u in repeated] + [self._correct_apart(apart)]
         if not any(changed): return
         for u in self.units: u.seen.earlier,u.seen.comparable = [],False
@@ -115,7 +115,7 @@ class Passes:
         for module, those in groupby(units, key=lambda u: u.module):
             with gathered_for(self.model, module):
                 for u in those:
-                    if u.claim(self.corrector.owners) and not self.corrector.start_now(u): self._correct(u)
+                    if self.corrector.may_change(u) and not self.corrector.start_now(u): self._correct(u)
         return any(u.changed for u in units)
 
     def _look_for_uncalled(self) -> bool:

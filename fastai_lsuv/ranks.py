@@ -138,7 +138,7 @@ def pool_ranks(
     if not parts: return None
     parts.sort(key=lambda p: p.moments.evidence.batch)
     pooled = pool([_of_one_batch(list(g)) for _, g in groupby(parts, key=lambda p: p.moments.evidence.batch)])
-    return replace(pooled, evidence=replace(pooled.evidence, batch=e.batch))
+    return replace(pooled, evidence=pooled.evidence._replace(batch=e.batch))
 
 
 class _Part:

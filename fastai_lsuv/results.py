@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 
-from .coverage import Coverage, weights_of
+from .coverage import Coverage
 from .discovery import unused_slices
 from .moments import Moments
 from .passes import Passes
@@ -30,7 +30,7 @@ def rows_of(
     "A row a unit, in order of execution, and what is in no row."
     passes.units += unused_slices(passes.discovery)
     coverage = Coverage(passes.model, passes.units, passes.discovery, selected)
-    return [_row(u, weights_of(u, coverage.names), before or {}, undone) for u in in_order(passes)], coverage
+    return [_row(u, coverage.weights_of(u), before or {}, undone) for u in in_order(passes)], coverage
 
 
 def _row(u: Unit, weights: tuple[str, ...], before: dict[Unit, MeanStd], undone: bool) -> Row:

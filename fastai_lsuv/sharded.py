@@ -39,10 +39,10 @@ def is_sharded(t: Any) -> bool:
     return isinstance(t, _loaded('torch.distributed.tensor', 'DTensor'))
 
 
-@torch.no_grad()
 def local(t: Tensor) -> Tensor:
     "What this rank holds of `t`, in place."
-    return t.to_local().detach() if is_sharded(t) else t
+    if not is_sharded(t): return t
+    with torch.no_grad(): return t.to_local().detach()
 
 
 def slices_of(t: Tensor) -> tuple[slice, ...]:
@@ -65,10 +65,10 @@ def part_of(
     return v[tuple(slice(None) if n == 1 else s for s, n in zip(slices_of(t), v.shape))]
 
 
-@torch.no_grad()
 def whole(t: Tensor) -> Tensor:
     "All of a small tensor. Every rank asks for it at once."
-    return t.full_tensor() if is_sharded(t) else t
+    if not is_sharded(t): return t
+    with torch.no_grad(): return t.full_tensor()
 
 
 def any_nonzero(t: Tensor) -> bool:
@@ -108,12 +108,12 @@ def _first_channel(x: Tensor, channel_dim: int, weight: Tensor | None, out_dim: 
     return s.start if here != weight.shape[out_dim] and here == s.stop - s.start else 0
 
 
-@torch.no_grad()
 def reduced(x: Tensor) -> Tensor:
     "A `DTensor` whose terms are added up; anything else as it is."
     if not is_sharded(x) or not any(p.is_partial() for p in x.placements): return x
     from torch.distributed.tensor import Replicate
-    return x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
+    with torch.no_grad():
+        return x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
 
 
 # ---- Modules
@@ -137,6 +137,7 @@ def engine_hooks(module: nn.Module) -> bool:
 
 def _managed(model: nn.Module) -> list[nn.Module]:
     "The modules that `fully_shard` was called on."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return []
     fsdp = _loaded('torch.distributed.fsdp', 'FSDPModule')
     return [m for m in model.modules() if isinstance(m, fsdp)] if fsdp else []
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .evidence import Context, varies
+from .evidence import varies
 from .loops import AffineMeter, Meter, run_loops
 from .moments import Evidence, Moments, channel_moments, first_tensor, whole_moments
 from .ranks import pool_ranks
@@ -34,7 +34,7 @@ def measure(
     u: Unit,
     x: Tensor,  # Its output
     by_channel: bool,  # Whether channels matter, or the whole is enough
-    context: Context
+    around: Evidence  # What is known beside the output. It may hold fewer samples than the output seems to
 ) -> Moments | None:  # `None` if no rank holds an element
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
@@ -42,9 +42,8 @@ def measure(
         x = part.local
         if x.numel(): m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
     if m is not None:
-        most_samples,*others = context
-        samples = min(m.evidence.samples, most_samples)
-        m = Moments(m.count, m.mean, m.var, Evidence(samples, m.evidence.top, *others))
+        samples,top,*_ = m.evidence
+        m = Moments(m.count, m.mean, m.var, around._replace(samples=min(samples, around.samples), top=top))
     return m if u.apart else pool_ranks(m, u.name, part.first)
 
 
@@ -166,9 +165,8 @@ class RunAgainMeter:
     def stats(self) -> tuple[np.ndarray, np.ndarray]:
         if self.stale:
             self.out = self.solver.run()
-            e = self.first[0].evidence
-            context = Context(e.samples, e.spread, e.normed, e.alike, e.batch)
-            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.now.by_channel, context)
+            around = self.first[0].evidence
+            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.now.by_channel, around)
             self.stale = False
         return self.moments.stats(self.unit.target.per_channel)
 

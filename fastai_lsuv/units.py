@@ -1,89 +1,25 @@
-"""What is normalized: a `Unit` is a module whose output is measured, with the weight and the bias that it owns.
+"""What is normalized: a `Unit` is something whose output is measured, with the weight and the bias that it owns.
 
-A `Unit` knows its name, its `Target`, what was done to it and why not. What passes have seen of it is in `Unit.seen`.
-`Unit.verdict` is the one place where a `Status` is decided. `selection` makes the units of a model, `correction` starts
-and measures them, `solvers` corrects them."""
+It is a module here. `discovery.OperationUnit` is a part of a parameter that operations use. A `Unit` knows its name,
+its target, what was done to it and why not. What passes have seen of it is in `Unit.seen`. `Unit.verdict` decides its
+`Status`. `selection` makes the units of a model, `correction` starts and measures them, `solvers` corrects them."""
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .evidence import doubt, mean_tolerance, varies
-from .loops import Loops
+from .evidence import doubt, varies
 from .moments import Moments
 from .observations import RECENT, Observations
 from .sharded import Shards, class_of
 from .status import DOUBTS, Status
+from .targets import Target
 from .weights import Parts, WeightRef, parts_of
 
-__all__ = ['Target', 'Unit']
-
-# With `per_channel`, one channel may be this many `batch_tol`s off while their mean is within one.
-_ONE_CHANNEL = 5
-
-
-@dataclass(frozen=True)
-class Target:
-    "What the loops are to reach at a unit."
-    loops: Loops
-    mean: float
-    std: float
-    tol: float  # Within the mini-batch in use
-    batch_tol: float  # On a fresh mini-batch, as a share of `std`
-    per_channel: bool
-
-    @property
-    def scales(self) -> bool:
-        "Whether any loop aims at the std. `layer_stats` has no loops, and judges by the std."
-        return not self.loops or any('std' in words for words in self.loops)
-
-    @property
-    def ends_with_mean(self) -> bool:
-        "Whether the order leaves the mean at its target: a std loop after the last mean loop moves it again."
-        return bool(self.loops) and 'mean' in self.loops[-1]
-
-    @property
-    def shifts(self) -> bool: return any('mean' in words for words in self.loops)
-
-    def std_met(self, m: Moments) -> bool:
-        "Whether the std is within `batch_tol` of its target; with `per_channel`, of most channels, and none far off."
-        _,std = m.stats(self.per_channel)
-        if not self.per_channel: return bool(std > 0 and abs(std/self.std - 1) <= self.batch_tol)
-        off = abs(std[std > 0]/self.std - 1)
-        return off.size > 0 and bool(off.mean() <= self.batch_tol and off.max() <= _ONE_CHANNEL*self.batch_tol)
-
-    def met(self,
-        m: Moments,
-        can_shift: bool  # Whether there is a bias that moves the mean
-    ) -> bool:
-        if self.scales and not self.std_met(m): return False
-        return not (self.ends_with_mean and can_shift) or self.mean_met(m)
-
-    def gain(self, m: Moments) -> float:
-        "The factor that brings the std to its target; the median over the channels that vary."
-        if not self.scales: return 1.
-        _,std = m.stats(self.per_channel)
-        if not std.ndim: return float(self.std/std) if std > 0 else 1.
-        varying = std[std > 0]
-        return float(np.median(self.std/varying)) if varying.size else 1.
-
-    def std_range(self) -> tuple[float, float] | None:
-        "Where a std counts as at the target; `None` if no loop aims at it."
-        return ((1 - self.batch_tol)*self.std, (1 + self.batch_tol)*self.std) if self.scales else None
-
-    def mean_range(self, m: Moments) -> tuple[float, float] | None:
-        "Where a mean, of so many samples, counts as at the target; `None` if no loop has the last word on it."
-        reach = mean_tolerance(m.evidence, self.batch_tol)*self.std
-        return (self.mean - reach, self.mean + reach) if self.ends_with_mean else None
-
-    def mean_met(self, m: Moments) -> bool:
-        "Whether the mean is as close to its target as so many samples can tell."
-        mean,_ = m.stats(self.per_channel)
-        return bool(abs(mean - self.mean).mean() <= mean_tolerance(m.evidence, self.batch_tol)*self.std)
+__all__ = ['Unit']
 
 
 class Unit:
@@ -110,7 +46,7 @@ class Unit:
         # What is done, and why not
         self.passes = 0  # That changed the weight or the bias
         self.gain = 1.  # Factor of the weight since its start
-        self.started = self.changed = self.written = False
+        self.claimed = self.started = self.changed = self.written = False
         self.stale = False  # Other units have changed since it last ran
         self.reason = ''  # "unresponsive", "tied", "non-finite", or one of `DOUBTS`
         self.immovable = False  # The bias does not move the mean
@@ -151,14 +87,19 @@ class Unit:
         self.passes += self.changed
         self.written |= self.changed
 
-    def claim(self, owners: dict[Any, Unit]) -> bool:
-        "Whether the unit may be changed: the first unit that runs with a weight or a bias owns it."
-        if self.left_alone or self.reason in ('unresponsive', 'tied'): return False
+    def claim(self,
+        owners: dict[Any, Unit]  # Of each weight and bias, the unit that ran first; this one is added
+    ) -> None:
+        "Take the weight and the bias, unless a unit that ran before has taken them. It is called once."
+        self.claimed = True
+        if self.left_alone: return
         if not self.weights: self.reason = 'unresponsive'
         elif owners.setdefault(self.weights[0].key, self) is not self: self.reason = 'tied'
         if self.bias is not None and owners.setdefault(self.bias.key, self) is not self:
             self.anothers_bias,self.bias = self.bias,None
-        return self.reason not in ('unresponsive', 'tied')
+
+    @property
+    def may_change(self) -> bool: return not self.left_alone and self.reason not in ('unresponsive', 'tied')
 
     def due(self) -> bool:
         "Whether to correct the unit now: in the first pass that runs it, and later if it is off its target."

@@ -4,9 +4,10 @@
 module's output is made with: the layer, and its weights and bias as `WeightRef`s."""
 from __future__ import annotations
 
+import operator
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -28,11 +29,12 @@ class Kind:
     transposed: bool = False  # Whether the weight holds the output channels in dimension 1, and not in dimension 0
     forwards: tuple[str, ...] = ('forward', '_conv_forward', '__call__')  # Methods that a subclass must not replace
 
-    def loaded(self) -> type | None:
-        "The class, or `None` if its module has not been imported: no model holds such a layer then."
+    @property
+    def loaded(self) -> type | tuple[()]:
+        "The class, or `()` if its module has not been imported: no model holds such a layer then."
         if isinstance(self.cls, type): return self.cls
         module,_,name = self.cls.rpartition('.')
-        return getattr(sys.modules.get(module), name, None)
+        return getattr(sys.modules.get(module), name, ())
 
 
 KINDS = [
@@ -45,7 +47,7 @@ KINDS = [
 
 def _kind_of(module: nn.Module) -> Kind | None:
     "The entry of `KINDS` that `module` is an instance of."
-    return next((k for k in KINDS if (c := k.loaded()) is not None and isinstance(module, c)), None)
+    return next((k for k in KINDS if isinstance(module, k.loaded)), None)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -59,7 +61,7 @@ def _is_affine(module: nn.Module) -> bool:
         return type(module).forward is nn.MultiheadAttention.forward and _is_affine(module.out_proj)
     kind = _kind_of(module)
     if kind is None or 'weight' not in module._parameters or 'forward' in vars(module): return False
-    return all(getattr(type(module), f, None) is getattr(kind.loaded(), f, None) for f in kind.forwards)
+    return all(getattr(type(module), f, None) is getattr(kind.loaded, f, None) for f in kind.forwards)
 
 
 class WeightRef:
@@ -103,7 +105,8 @@ class WeightRef:
     @property
     def _tensors(self) -> list[Tensor]:
         "The tensor, and the shard of it that stays if this is a gathered copy."
-        return [t for t in (self.tensor, self.shard if self.shard is not self.value else None) if t is not None]
+        t = self.tensor
+        return [o for o in (t, self.shard if self.shard is not t else None) if o is not None]
 
     def copy(self) -> Any:
         "What `assign` takes."
@@ -124,19 +127,16 @@ class WeightRef:
         rows = w.shape[0]
         return whole(torch.linalg.vector_norm(w.detach().float())).item()/min(rows, w.numel()//rows)**0.5
 
-    @torch.no_grad()
-    def mul(self, by: np.ndarray) -> None:
-        to = self._by_channel(by)
-        if self.has_setter: self.assign(self.value*to)
-        else:
-            for t in self._tensors: local(t).data.mul_(_for(t, to))
+    def mul(self, by: np.ndarray) -> None: self._change(Tensor.mul_, operator.mul, by)
 
-    @torch.no_grad()
-    def add(self, by: np.ndarray) -> None:
+    def add(self, by: np.ndarray) -> None: self._change(Tensor.add_, operator.add, by)
+
+    def _change(self, in_place: Callable, change: Callable, by: np.ndarray) -> None:
         to = self._by_channel(by)
-        if self.has_setter: self.assign(self.value + to)
-        else:
-            for t in self._tensors: local(t).data.add_(_for(t, to))
+        if not self.has_setter:
+            for t in self._tensors: in_place(local(t).data, _for(t, to))
+            return
+        with torch.no_grad(): self.assign(change(self.value, to))
 
     def _by_channel(self, by: np.ndarray) -> Tensor | float:
         "One number, or one a channel, in a shape that broadcasts with the value."

@@ -293,7 +293,7 @@ def test_pool_adds_up_evidence(parts, form, seed):
     xs = [torch.randn(n, 3, 4, dtype=torch.float64)*(i + 1) for i, n in enumerate(parts)]
     xs[seed % len(xs)][1] *= 9
     xs = [torch.cat([x, -x], -1) for x in xs]  # each channel of each sample has a mean of 0
-    moments = [replace(m, evidence=replace(m.evidence, spread=1/(i + 1))) for i, m in enumerate(map(FORMS[form], xs))]
+    moments = [replace(m, evidence=m.evidence._replace(spread=1/(i + 1))) for i, m in enumerate(map(FORMS[form], xs))]
     e = pool(moments).evidence
     assert e.samples == sum(parts) and e.spread == 1/len(parts)
     assert e.top == pytest.approx(top_of(torch.cat(xs)), rel=1e-9)

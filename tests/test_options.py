@@ -12,7 +12,8 @@ from torch import nn
 
 from fastai_lsuv import lsuv_init
 from fastai_lsuv.options import Options
-from fastai_lsuv.units import Target, Unit
+from fastai_lsuv.targets import Target
+from fastai_lsuv.units import Unit
 
 
 # --- what is refused
