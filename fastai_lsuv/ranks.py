@@ -2,8 +2,8 @@
 
 Ranks talk in rounds. In a round (`_round`) each rank sends one message, always of the same size, which begins with what
 the rank is doing. So a rank that has raised an error can answer whatever the others ask, and ranks that do different
-things find out. In both cases all ranks raise, and none waits for ever. A rank that is killed or hangs sends nothing:
-the others wait until the timeout of the process group.
+things find out. In both cases all ranks raise, and none waits for ever. A rank that is killed or hangs sends nothing.
+The others raise when torch does: as it sees the connection close, or at the timeout of the process group.
 
 `pool_ranks` pools the moments of an activation. `any_rank` and `mean_of_ranks` agree on an answer or a number.
 `of_all_ranks` gives each rank what all of them have. `in_step` makes an error on one rank an error on all. `meet` is a

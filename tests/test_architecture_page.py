@@ -1,5 +1,6 @@
 "`ARCHITECTURE.md` is true: what it names exists, and what it tells to do works."
 import importlib
+import inspect
 import pkgutil
 import re
 import sys
@@ -14,8 +15,9 @@ import fastai_lsuv
 from fastai_lsuv import lsuv_init, weights
 
 PAGE = (Path(__file__).parent.parent/'ARCHITECTURE.md').read_text()
-OTHERS = {'torch.distributed', 'transformers.pytorch_utils.Conv1D', 'weight', 'bias', 'modules', 'batches',
-          'Learner', 'tol', 'batch_tol', 'max_iter'}
+# What is not the package's own: others' names, and arguments of `lsuv_init`.
+OTHERS = {'torch.distributed', 'torch.addmm', 'torch.mm', 'transformers', 'transformers.pytorch_utils.Conv1D', 'Conv1D',
+          'c_attn.weight', 'forward', 'weight', 'bias', 'Learner', *inspect.signature(lsuv_init).parameters}
 
 
 def rooms_on_the_page():
@@ -52,8 +54,20 @@ def test_imports_point_one_way():
     for i, name in enumerate(order):
         path = folder/f'{name}.py'
         if not path.exists(): continue
-        for imported in re.findall(r'^from \.(\w+) import', path.read_text(), re.M):
+        text = path.read_text()
+        rooms_alone = ' '.join(re.findall(r'^from \. import (.+)', text, re.M))
+        for imported in re.findall(r'^from \.(\w+) import', text, re.M) + re.findall(r'\w+', rooms_alone):
             assert imported in order[:i], f'{name} imports from {imported}, which stands below it'
+
+
+@pytest.mark.filterwarnings('ignore:LSUV did not normalize')
+def test_a_target_after_an_activation():
+    "A container of layer and activation is at its target, and ends as unresponsive where a norm layer hides the scale."
+    normed = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU())
+    net,x = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), normed),torch.randn(256, 16)
+    report = lsuv_init(net, x, modules=['0', '1'])
+    assert [(r.kind, r.status) for r in report] == [('Sequential', 'no bias'), ('Sequential', 'unresponsive')]
+    assert net[0](x).std().item() == pytest.approx(1, abs=1e-3) and report[0].mean > 0.5
 
 
 def test_a_kind_is_one_line(monkeypatch):
@@ -68,9 +82,11 @@ def test_a_kind_is_one_line(monkeypatch):
     others.Conv1D = Conv1D
     monkeypatch.setitem(sys.modules, 'transformers.pytorch_utils', others)
     monkeypatch.setattr(weights, 'KINDS', [*weights.KINDS])
-    exec(re.search(r'```python\n(.*?)```', PAGE, re.S).group(1), {})
     net = nn.Sequential(Conv1D(16, 32), nn.GELU(), Conv1D(32, 8))
+    found = lsuv_init(net, torch.randn(256, 16) + 1)
+    assert [r.name for r in found] == ['0.weight', '2.weight'] and found[0].status == 'no bias'  # it is added elsewhere
+    exec(re.search(r'```python\n(.*?)```', PAGE, re.S).group(1), {})
     for options in (dict(), dict(preinit=None), dict(per_channel=True)):
-        report = lsuv_init(net, torch.randn(256, 16), **options)
-        assert [r.status for r in report] == ['ok', 'ok'] and report.n_passes == 2
+        report = lsuv_init(net, torch.randn(256, 16) + 1, **options)
+        assert [(r.name, r.status) for r in report] == [('0', 'ok'), ('2', 'ok')] and report.n_passes == 2
         assert all(s == pytest.approx(1, abs=1e-3) and abs(m) < 1e-3 for m, s in report.pairs)

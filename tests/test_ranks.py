@@ -1,4 +1,5 @@
 "Two processes talk over gloo. Statistics are pooled, and both compute the same weights, bit for bit."
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fastai.basics import set_seed
+from fingerprint import fingerprint
 from learners import same, weights
 from torch import nn
 
@@ -38,13 +40,16 @@ def _rank(rank, port, results):
     dist.destroy_process_group()
 
 
-def _spawned(f):
-    "What a function of the rank, a port and a queue puts into the queue in two processes, by rank."
+def _free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def _spawned(f):
+    "What a function of the rank, a port and a queue puts into the queue in two processes, by rank."
     results = mp.get_context('spawn').SimpleQueue()
-    mp.spawn(f, args=(port, results), nprocs=2)
+    mp.spawn(f, args=(_free_port(), results), nprocs=2)
     return sorted([results.get(), results.get()], key=lambda r: r[0])
 
 
@@ -103,6 +108,26 @@ def test_an_error_on_one_rank_outside_of_all_passes_ends_both():
     assert first == dict.fromkeys(OUTSIDE_OF_PASSES, stopped)
     assert 'batches: got int' in second['batches'] and 'meta device' in second['model'] == second['stats']
     assert second['report'] == 'no report'
+
+
+def _killed(rank, port, results):
+    meet = f'tcp://127.0.0.1:{port}'
+    dist.init_process_group('gloo', init_method=meet, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    m = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    if rank: m[2].register_forward_hook(lambda *args: os._exit(1))
+    was = fingerprint(m)
+    try: lsuv_init(m, torch.randn(8, 4))
+    except RuntimeError: results.put(fingerprint(m) == was)
+
+
+@slow
+def test_a_rank_that_is_killed_ends_the_others_which_put_everything_back():
+    spawned,port = mp.get_context('spawn'),_free_port()
+    results = spawned.SimpleQueue()
+    processes = [spawned.Process(target=_killed, args=(rank, port, results)) for rank in range(2)]
+    for p in processes: p.start()
+    for p in processes: p.join(120)
+    assert [p.exitcode for p in processes] == [0, 1] and not results.empty() and results.get()
 
 
 # --- initialization
