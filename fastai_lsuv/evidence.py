@@ -1,8 +1,9 @@
 """Whether statistics mean anything: what they rest on decides whether a unit is corrected from them.
 
-A mini-batch may lie. Where its samples are alike, a norm layer leaves rounding noise, and scaling that noise to std 1
-ruins the network. Where one sample is far from the others, it alone sets the std. Where a norm layer's eps swallows its
-input, what follows sees next to nothing, until training makes it large. `doubt` tells these from the data."""
+A mini-batch may mislead. Where its samples are alike, a norm layer leaves rounding noise, and scaling that noise to
+std 1 ruins the network. Where one sample is far from the others, it alone sets the std. Where a norm layer's eps
+swallows its input, what follows sees next to nothing, until training makes it large. `doubt` tells these from the
+data."""
 from __future__ import annotations
 
 from typing import Any, Callable
@@ -47,10 +48,10 @@ _ERRORS = 3.
 def doubt(
     m: Moments,  # Of the unit's output
     needed: float,  # Factor that brings the std to its target
-    size: Callable[[], float] = lambda: 1.,  # Size of the weight, which is 1 of an orthonormal one
+    rms_singular: Callable[[], float] = lambda: 1.,  # Gives that of the weight, which is 1 if it is orthonormal
     x: Tensor | None = None  # The output itself, if it is at hand
 ) -> str:  # One of `DOUBTS`, or ""
-    "Whether moments are no ground to correct a unit from, and why."
+    "Why a unit must not be corrected from these moments."
     e = m.evidence
     if e.samples >= _FEW_SAMPLES:
         carried = _CARRIED*max(1., _ENOUGH_SAMPLES/e.samples)
@@ -59,7 +60,7 @@ def doubt(
     few = m.features < _FEW_FEATURES
     if e.spread < ALIKE_SPREAD or e.alike and (few or needed > _MOST_GAIN_ALIKE): return Status.ALIKE
     if not e.alike and x is not None and not any_rank(x.numel() > 0 and not _all_the_same(x)): return Status.ALIKE
-    faint = e.normed and needed > _MOST_GAIN_NORMED and needed*size() > _MOST_GAIN_NORMED
+    faint = e.normed and needed > _MOST_GAIN_NORMED and needed*rms_singular() > _MOST_GAIN_NORMED
     return Status.FAINT if faint else ''
 
 

@@ -75,7 +75,7 @@ def _relative(u: Unit, grad_of: dict[int, Tensor]) -> float | None:
     "Norm of the gradient over that of the weight; `None` if no gradient reaches it."
     reached = [r for r in u.weights if id(r.value) in grad_of]
     if not reached: return None
-    grad,size = _norm(r.part(grad_of[id(r.value)]) for r in reached),_norm(r.tensor for r in reached)
+    grad,size = _norm(r.own_grad(grad_of[id(r.value)]) for r in reached),_norm(r.tensor for r in reached)
     return grad/size if size else math.inf if grad else 0.
 
 

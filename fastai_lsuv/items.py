@@ -75,13 +75,9 @@ class Attributes(Item):
             yield (self.where, k, True), partial(self.put, k, v)
 
     def put(self, k: str, v: Any) -> None:
-        "Write or delete one attribute: in the `__dict__`, or else as that of any object is written."
-        try:
-            if v is _MISSING: dict.pop(_dict_of(self.of), k, None)
-            else: dict.__setitem__(_dict_of(self.of), k, v)
-        except Exception:
-            if v is _MISSING: object.__delattr__(self.of, k)
-            else: object.__setattr__(self.of, k, v)
+        "Write or delete one attribute."
+        if v is _MISSING: dict.pop(_dict_of(self.of), k, None)
+        else: dict.__setitem__(_dict_of(self.of), k, v)
 
 
 def _dict_of(o: Any) -> dict: return object.__getattribute__(o, '__dict__')

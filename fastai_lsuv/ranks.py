@@ -134,34 +134,34 @@ def pool_ranks(
     most = int(told[:, 2].max())
     mine = np.zeros((2, most))
     if m is not None: mine[0, :m.mean.size],mine[1, :m.var.size] = m.mean,m.var
-    parts = [_Part.of(t, v) for t, v in zip(told, arrays_of_all_ranks(mine)) if t[0]]
+    parts = [_Sent.of(t, v) for t, v in zip(told, arrays_of_all_ranks(mine)) if t[0]]
     if not parts: return None
     parts.sort(key=lambda p: p.moments.evidence.batch)
     pooled = pool([_of_one_batch(list(g)) for _, g in groupby(parts, key=lambda p: p.moments.evidence.batch)])
     return replace(pooled, evidence=pooled.evidence._replace(batch=e.batch))
 
 
-class _Part:
+class _Sent:
     "The moments that a rank has sent, and the number of their first channel."
     def __init__(self, first: int, moments: Moments): self.first,self.moments = first,moments
 
     @classmethod
-    def of(cls, told: np.ndarray, values: np.ndarray) -> _Part:
+    def of(cls, told: np.ndarray, values: np.ndarray) -> _Sent:
         count,ndim,size,var_ndim,first,samples,top,spread,normed,alike,batch = told.tolist()
         evidence = Evidence(int(samples), top, spread, bool(normed), bool(alike), batch)
         mean,var = values[0, :int(size)],values[1, :int(size) if var_ndim else 1]
         return cls(int(first), Moments(int(count), mean if ndim else mean[0], var if var_ndim else var[0], evidence))
 
-    def same(self, other: _Part) -> bool:
+    def same(self, other: _Sent) -> bool:
         a,b = self.moments,other.moments
         if (self.first, a.count, a.mean.shape) != (other.first, b.count, b.mean.shape): return False
         near = (np.allclose(x, y, _SAME, 0, equal_nan=True) for x, y in ((a.mean, b.mean), (a.var, b.var)))
         return all(near)
 
 
-def _of_one_batch(parts: list[_Part]) -> Moments:
+def _of_one_batch(parts: list[_Sent]) -> Moments:
     "Moments over ranks that hold the same samples."
-    different: list[_Part] = []
+    different: list[_Sent] = []
     for p in parts:
         if not any(p.same(q) for q in different): different.append(p)
     if len(different) == 1: return different[0].moments

@@ -17,8 +17,9 @@ MeanStd = tuple[float, float]
 
 
 def in_order(passes: Passes) -> list[Unit]:
-    "The units that ran in order of execution, then the others."
-    return [*passes.order, *(u for u in passes.units if u not in passes.order)]
+    "The units that ran in order of execution, then the others, unused slices of parameters among them."
+    units = (*passes.units, *unused_slices(passes.discovery))
+    return [*passes.order, *(u for u in units if u not in passes.order)]
 
 
 def rows_of(
@@ -28,9 +29,9 @@ def rows_of(
     undone: bool = False  # Whether the weights were put back
 ) -> tuple[list[Row], Coverage]:
     "A row a unit, in order of execution, and what is in no row."
-    passes.units += unused_slices(passes.discovery)
-    coverage = Coverage(passes.model, passes.units, passes.discovery, selected)
-    return [_row(u, coverage.weights_of(u), before or {}, undone) for u in in_order(passes)], coverage
+    units = in_order(passes)
+    coverage = Coverage(passes.model, units, passes.discovery, selected)
+    return [_row(u, coverage.weights_of(u), before or {}, undone) for u in units], coverage
 
 
 def _row(u: Unit, weights: tuple[str, ...], before: dict[Unit, MeanStd], undone: bool) -> Row:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .ranks import any_rank, arrays_of_all_ranks, meet, several_ranks
 
-__all__ = ['is_sharded', 'local', 'slices_of', 'part_of', 'whole', 'any_nonzero', 'Portion', 'portion', 'reduced',
+__all__ = ['is_sharded', 'local', 'slices_of', 'numbers_for', 'whole', 'any_nonzero', 'Portion', 'portion', 'reduced',
            'class_of', 'is_engine_hook', 'engine_hooks', 'reshard', 'gathered_for', 'forwards', 'Shards', 'from_rank_0',
            'drawn_alike', 'shares_batches', 'digest', 'refuse']
 
@@ -56,7 +56,7 @@ def slices_of(t: Tensor) -> tuple[slice, ...]:
     return tuple(slice(i, i + n) for i, n in zip(start, shape))
 
 
-def part_of(
+def numbers_for(
     t: Tensor,
     v: Tensor  # Numbers for all of `t`, in a shape that broadcasts with that of `t`
 ) -> Tensor:

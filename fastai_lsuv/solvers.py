@@ -1,4 +1,4 @@
-"""How a unit is corrected, in three ways.
+"""How a unit is corrected: by one of two solvers as it runs, or between passes.
 
 `ClosedForm` is for a unit whose output is affine in its weight and bias. It runs the loops on moments, and mends the
 output in place. `RunAgain` is for every other unit. It runs the unit again on the input it was given, as the loops ask.
@@ -6,7 +6,7 @@ output in place. `RunAgain` is for every other unit. It runs the unit again on t
 
 `choose_solver` chooses one of the first two, a `Solver`, when a unit is found. It is given what the unit puts out
 (`Solver.observe`). A unit that turns out to be called several times gets the last, from the second pass on
-(`BetweenPasses.after_pass`)."""
+(`BetweenPasses.after_pass`). So does one that only some ranks run: an expert."""
 from __future__ import annotations
 
 from typing import Any, Callable, Protocol
@@ -38,7 +38,7 @@ def measure(
 ) -> Moments | None:  # `None` if no rank holds an element
     "Moments of an output, pooled over all ranks."
     with torch._C.DisableTorchFunction():  # what happens in here is not the model's
-        part,m = part_held(u, reduced(x)),None
+        part,m = portion_of(u, reduced(x)),None
         x = part.local
         if x.numel(): m = channel_moments(x, u.channel_dim, u.target.per_channel) if by_channel else whole_moments(x)
     if m is not None:
@@ -47,7 +47,7 @@ def measure(
     return m if u.apart else pool_ranks(m, u.name, part.first)
 
 
-def part_held(u: Unit, x: Tensor) -> Portion:
+def portion_of(u: Unit, x: Tensor) -> Portion:
     "What this rank holds of the output `x` of `u`."
     weight = next((w for w in u.weights if w.name == 'weight'), None)
     return portion(x, u.channel_dim, weight and weight.tensor, weight.out_dim if weight else 0)
@@ -158,9 +158,10 @@ class RunAgainMeter:
     def __init__(self, solver: RunAgain, weight: WeightRef, out: Any):
         u = solver.unit
         self.solver,self.unit,self.weight = solver,u,weight
-        self.can_shift,self.moved,self.stale,self.gain = u.can_shift,False,False,np.float64(1)
-        self.first = self.moments,self.out = u.seen.now.moments[-1],out
+        self.can_shift = u.can_shift
+        self.first = u.seen.now.moments[-1],out
         self.was = [(r, r.copy()) for r in (weight, u.bias) if r is not None]
+        self._reset()
 
     def stats(self) -> tuple[np.ndarray, np.ndarray]:
         if self.stale:
@@ -186,9 +187,13 @@ class RunAgainMeter:
     def put_back(self) -> None:
         "Undo what was moved."
         for ref, value in self.was: ref.assign(value)
-        self._touched()
+        torch.clear_autocast_cache()
+        self._reset()
+
+    def _reset(self) -> None:
         self.moments,self.out = self.first
-        self.moved,self.stale,self.gain = False,False,np.float64(1)
+        self.gain = np.float64(1)
+        self.moved = self.stale = False
 
 
 class ClosedForm:
@@ -223,10 +228,10 @@ class ClosedForm:
 
     @np.errstate(all='ignore')
     def _solve(self, x: Tensor) -> None:
-        u,b = self.unit,biases(self.unit)
-        if b.ndim and not u.seen.now.by_channel:  # the biases were alike when they were looked at
-            u.biases_differ = True
-            return
+        u,b,now = self.unit,biases(self.unit),self.unit.seen.now
+        if b.ndim and not now.by_channel:  # the model has made the biases differ since they were looked at
+            u.biases_differ = now.by_channel = True
+            now.moments[-1] = measure(u, x, True, now.moments[-1].evidence)
         recent = u.seen.recent()
         meter = AffineMeter(recent.affine(1., -b), b, u.bias is not None, u.target.per_channel)
         if varies(meter.z, recent): u.reason = _loop(u, meter, _MAX_STEPS)
@@ -237,7 +242,7 @@ class ClosedForm:
         u.note_change(a)
         offset = (1 - a)*b + shift
         u.seen.transform(a, offset)
-        _mend(part_held(u, x), a, offset, u.channel_dim)
+        _mend(portion_of(u, x), a, offset, u.channel_dim)
 
 
 def _mend(part: Portion, a: np.ndarray, offset: np.ndarray, channel_dim: int) -> None:

@@ -120,7 +120,7 @@ class Unit:
         x: Tensor | None = None  # The output that they are of, if it is at hand
     ) -> str:
         "Why the unit is not to be corrected from these moments, or \"\"."
-        return doubt(m, self.target.gain(m), self.weights[0].size if self.weights else lambda: 1., x)
+        return doubt(m, self.target.gain(m), self.weights[0].rms_singular if self.weights else lambda: 1., x)
 
     def note_change(self, scale: np.ndarray | float = 1.) -> None:
         "Note that the bias or the weight has changed, the weight by a factor of `scale`."

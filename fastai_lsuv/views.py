@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from .operations import Layout
-from .sharded import is_sharded, local, part_of
+from .sharded import is_sharded, local, numbers_for
 from .weights import WeightRef
 
 __all__ = ['Source', 'View', 'ViewRef', 'Copy', 'Sources']
@@ -168,7 +168,7 @@ class ViewRef(WeightRef):
     @property
     def key(self) -> Any: return self.view.key()
 
-    def part(self, grad: Tensor) -> Tensor:
+    def own_grad(self, grad: Tensor) -> Tensor:
         v,p = self.view,self.value
         if grad.stride() != p.stride(): grad = grad.new_empty_strided(p.shape, p.stride()).copy_(grad)
         return grad.as_strided(v.size, v.stride, grad.storage_offset() + v.offset - p.storage_offset())
@@ -186,7 +186,7 @@ class ViewRef(WeightRef):
         batch,out,cols = (math.prod(w.shape[d] for d in dims) for dims in (l.batch, l.out, l.fan_in))
         return batch*l.groups, out//l.groups, cols
 
-    def size(self) -> float:
+    def rms_singular(self) -> float:
         n,rows,cols = self.shape
         return torch.linalg.vector_norm(self.tensor.float()).item()/(n*min(rows, cols))**0.5
 
@@ -211,7 +211,7 @@ class ViewRef(WeightRef):
         all_ = empty(p.shape, dtype=p.dtype, device=p.device)
         view = self.layout.of(all_.as_strided(self.view.size, self.view.stride, self.view.offset))
         change(view, self._by_channel(by, view))
-        return part_of(p, all_)
+        return numbers_for(p, all_)
 
     def _by_channel(self, by: np.ndarray, w: Tensor | None = None) -> Tensor | float:
         if by.size == 1: return by.item()

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .sharded import is_sharded, local, part_of, whole
+from .sharded import is_sharded, local, numbers_for, whole
 
 __all__ = ['Kind', 'KINDS', 'is_layer', 'WeightRef', 'Parts', 'parts_of', 'made_of']
 
@@ -98,8 +98,8 @@ class WeightRef:
         if self.has_setter: return id(self.owner), self.name
         return id(self.value if self.shard is None else self.shard)
 
-    def part(self, grad: Tensor) -> Tensor:
-        "What of the parameter's gradient is that of this tensor."
+    def own_grad(self, grad: Tensor) -> Tensor:
+        "The part of the parameter's gradient that is this tensor's."
         return grad
 
     @property
@@ -120,8 +120,8 @@ class WeightRef:
         else:
             for t, value in copied: local(t).data.copy_(value)
 
-    def size(self) -> float:
-        "Root mean square of the weight's singular values, which are 1 in an orthonormal weight; 1 if it is no matrix."
+    def rms_singular(self) -> float:
+        "Root mean square of the weight's singular values. All are 1 in an orthonormal weight. 1 if it is not a matrix."
         w = self.tensor
         if w is None or w.dim() < 2: return 1.
         rows = w.shape[0]
@@ -153,7 +153,7 @@ class WeightRef:
 
 def _for(t: Tensor, to: Tensor | float) -> Tensor | float:
     "One number, or those for what this rank holds of `t`."
-    return part_of(t, to).to(t.device, t.dtype) if isinstance(to, Tensor) else to
+    return numbers_for(t, to).to(t.device, t.dtype) if isinstance(to, Tensor) else to
 
 
 # The weight and the bias of a layer, and what hooks compute a weight from

@@ -275,3 +275,14 @@ def test_tokens_in_rows_are_no_samples():
     data = torch.randn(8, 1, 16).expand(8, 500, 16) + 0.01*torch.randn(8, 500, 16)
     low, high = quiet(lsuv_init, model, data)[0].mean_range
     assert high - low > 2  # three standard errors of eight samples either way
+
+
+def test_a_small_weight_behind_a_norm_is_not_faint():
+    "Its output is small because the weight is, and not because the norm lets little through."
+    def forward(self, x): return F.linear(self.norm(x), self.w[1])
+
+    torch.manual_seed(0)
+    model = Mod(forward, norm=nn.BatchNorm1d(16))
+    model.w = nn.Parameter(1e-4*torch.randn(2, 24, 16))
+    report = quiet(lsuv_init, model, torch.randn(256, 16), modules='w[1]', preinit=None)
+    assert [(r.name, r.status) for r in report] == [('w[1]', 'ok')] and report['w[1]'].gain > 1000

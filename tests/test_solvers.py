@@ -238,3 +238,19 @@ def test_a_model_that_uses_a_weight_ahead_of_its_layer_and_takes_a_gradient():
             force, = torch.autograd.grad(self.out(torch.tanh(h)).sum(), x)
             return self.head(force)
     assert statuses(init(Tied(), samples(64, 6), order='std')) == dict(enc='ok', out='ok', head='ok')
+
+
+def test_biases_that_the_model_makes_differ_between_passes():
+    "The moments of the whole do not tell what differing biases add to its variance. Those of channels are taken."
+    passes = []
+
+    def forward(self, x):
+        passes.append(None)
+        if len(passes) == 2:
+            with torch.no_grad(): self.layer.bias.copy_(torch.linspace(-1, 1, 8))
+        return self.layer(x)
+
+    torch.manual_seed(0)
+    net = Mod(forward, layer=nn.Linear(16, 8))
+    report = lsuv_init(net, [samples(256) for _ in range(6)])
+    assert report['layer'].status == 'ok' and report.n_passes == 3
