@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from .evidence import ALIKE_SHARE, ALIKE_SPREAD
+from .doubts import ALIKE_SHARE, ALIKE_SPREAD
 from .moments import flat
 from .weights import is_layer
 

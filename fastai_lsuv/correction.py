@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .conditions import NormWatch
 from .discovery import OperationUnit
-from .evidence import n_samples, samples_alike
+from .doubts import n_samples, samples_alike
 from .moments import Evidence, first_tensor
 from .observations import Observation
 from .ranks import several_ranks

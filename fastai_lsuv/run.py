@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .discovery import Discovery
-from .evidence import unusual
+from .doubts import unusual
 from .feed import Feed
 from .items import TensorItem
 from .loss import LossCheck

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .evidence import varies
+from .doubts import varies
 from .loops import AffineMeter, Meter, run_loops
 from .moments import Evidence, Moments, channel_moments, first_tensor, whole_moments
 from .ranks import pool_ranks

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .evidence import mean_tolerance
+from .doubts import mean_tolerance
 from .loops import Loops
 from .moments import Moments
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .evidence import doubt, varies
+from .doubts import doubt, varies
 from .moments import Moments
 from .observations import RECENT, Observations
 from .sharded import Shards, class_of

@@ -12,7 +12,7 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, layer_stats, lsuv_init
-from fastai_lsuv.evidence import doubt
+from fastai_lsuv.doubts import doubt
 from fastai_lsuv.feed import Feed
 from fastai_lsuv.moments import channel_moments, whole_moments
 from test_harm import quietly

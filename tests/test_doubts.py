@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastai_lsuv.evidence import ALIKE_SPREAD, doubt, mean_tolerance, samples_alike, unusual, varies
+from fastai_lsuv.doubts import ALIKE_SPREAD, doubt, mean_tolerance, samples_alike, unusual, varies
 from fastai_lsuv.moments import Evidence, Moments, channel_moments, whole_moments
 from fastai_lsuv.rows import STATUSES
 from fastai_lsuv.status import DOUBTS, Status
@@ -184,5 +184,5 @@ def test_what_sets_a_mini_batch_apart(batch, says):
 
 
 def test_a_part_of_a_mini_batch_may_hold_one_sample(monkeypatch):
-    monkeypatch.setattr('fastai_lsuv.evidence.several_ranks', lambda: True)
+    monkeypatch.setattr('fastai_lsuv.doubts.several_ranks', lambda: True)
     assert unusual(torch.randn(1, 3, 8, 8)) == ''
