@@ -20,6 +20,7 @@ __all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'ou
            'names_in', 'names_module', 'RECURRENT']
 
 RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
+_TAKES = "it takes types, a function of a module, names or globs as in `named_modules()`, modules, or a list of these"
 
 
 def select_modules(
@@ -28,31 +29,35 @@ def select_modules(
     loose: Sequence[Source] = ()  # Parameters that an entry may name, or a module may hold, in place of layers
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
-    named,what = list(model.named_modules()),type(model).__name__
+    named = list(model.named_modules())
     # An attention applies its inner layers itself, without calling them. One that is selected stands for the attention.
     inside = {id(c): id(m) for _, m in named if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
     if modules is None:
         picked = [(n, m) for n, m in named if is_layer(m) and id(m) not in inside]
         if picked or any(h.param.dim() > 1 for h in loose): return picked
-        raise ValueError(f"model: {what} has no conv, linear or attention layer; name what to measure with `modules`")
-    takes = ("it takes types, a function of a module, names or globs as in `named_modules()`, modules, or a list of "
-             "these")
+        raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer; name what to measure "
+                         "with `modules`")
     entries = _entries(modules)
-    if not entries: raise ValueError(f"modules: got {modules!r}, which selects nothing; {takes}")
+    if not entries: raise ValueError(f"modules: got {modules!r}, which selects nothing; {_TAKES}")
     picked_ids: set[int] = set()
     for e in entries:
         test = _matcher(e)
-        if test is None: raise TypeError(f"modules: got {e!r} of type {type(e).__name__}; {takes}")
+        if test is None: raise TypeError(f"modules: got {e!r} of type {type(e).__name__}; {_TAKES}")
         hits = [m for n, m in named if test(n, m)]
         if not hits and not (isinstance(e, str) and any(_names(e, h.name) for h in loose)):
-            of_model = isinstance(e, nn.Module)
-            problem = f"{type(e).__name__} is not in the model" if of_model else f"no module of {what} matches {e!r}"
-            weights = [h.name for h in loose if h.param.dim() > 1]
-            more = f"; weights that no layer applies: {some_names(map(repr, weights), 8)}" if weights else ''
-            names = some_names((repr(n) for n, _ in named if n), 8)
-            raise ValueError(f"modules: {problem}; {takes}. Names here: {names}{more}")
+            raise ValueError(_no_match(e, model, loose))
         picked_ids |= {inside.get(id(m), id(m)) for m in hits}
     return [(n, m) for n, m in named if id(m) in picked_ids]
+
+
+def _no_match(entry: Any, model: nn.Module, loose: Sequence[Source]) -> str:
+    "Says that an entry of `modules` matches nothing in `model`, and what there is."
+    if isinstance(entry, nn.Module): problem = f"{type(entry).__name__} is not in the model"
+    else: problem = f"no module of {type(model).__name__} matches {entry!r}"
+    names = some_names((repr(n) for n, _ in model.named_modules() if n), 8)
+    weights = [repr(h.name) for h in loose if h.param.dim() > 1]
+    more = f"; weights that no layer applies: {some_names(weights, 8)}" if weights else ''
+    return f"modules: {problem}; {_TAKES}. Names here: {names}{more}"
 
 
 def loose_parameters(model: nn.Module) -> list[Source]:

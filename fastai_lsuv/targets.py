@@ -31,12 +31,12 @@ class Target:
         return not self.loops or any('std' in words for words in self.loops)
 
     @property
+    def shifts(self) -> bool: return any('mean' in words for words in self.loops)
+
+    @property
     def ends_with_mean(self) -> bool:
         "Whether the order leaves the mean at its target: a std loop after the last mean loop moves it again."
         return bool(self.loops) and 'mean' in self.loops[-1]
-
-    @property
-    def shifts(self) -> bool: return any('mean' in words for words in self.loops)
 
     def std_met(self, m: Moments) -> bool:
         "Whether the std is within `batch_tol` of its target; with `per_channel`, of most channels, and none far off."
@@ -51,6 +51,11 @@ class Target:
     ) -> bool:
         if self.scales and not self.std_met(m): return False
         return not (self.ends_with_mean and can_shift) or self.mean_met(m)
+
+    def misses_mean(self, m: Moments) -> bool:
+        "Whether a loop aims at the mean, and that of the whole or of a channel is off by more than `batch_tol`."
+        mean,_ = m.stats(self.per_channel)
+        return self.shifts and bool((abs(mean - self.mean) > self.batch_tol*self.std).any())
 
     def gain(self, m: Moments) -> float:
         "The factor that brings the std to its target; the median over the channels that vary."

@@ -23,9 +23,7 @@ __all__ = ['Unit']
 
 
 class Unit:
-    """A module whose output is measured, with the weight and the bias that it owns.
-
-    `weights.parts_of` says which these are."""
+    "A module whose output is measured, with the weight and the bias that it owns (`weights.parts_of`)."
     is_module = True  # Whether a call of the module puts out what is measured
     apart = False  # Whether some ranks of `torch.distributed` may run it and others not
 
@@ -87,10 +85,8 @@ class Unit:
         self.passes += self.changed
         self.written |= self.changed
 
-    def claim(self,
-        owners: dict[Any, Unit]  # Of each weight and bias, the unit that ran first; this one is added
-    ) -> None:
-        "Take the weight and the bias, unless a unit that ran before has taken them. It is called once."
+    def claim(self, owners: dict[Any, Unit]) -> None:
+        "Be the owner of the weight and the bias, unless a unit that ran before is. It is called once."
         self.claimed = True
         if self.left_alone: return
         if not self.weights: self.reason = 'unresponsive'
@@ -144,6 +140,4 @@ class Unit:
         if why: return Status(why)
         if self.stale: return Status.OFF
         if not self.met(m): return Status(self.reason) if self.reason in ('unresponsive', *DOUBTS) else Status.OFF
-        mean,_ = m.stats(self.target.per_channel)
-        off = (abs(mean - self.target.mean) > self.target.batch_tol*self.target.std).any()
-        return Status.NO_BIAS if self.target.shifts and off and not self.can_shift else Status.OK
+        return Status.NO_BIAS if self.target.misses_mean(m) and not self.can_shift else Status.OK

@@ -3,6 +3,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,3 +91,10 @@ def test_a_kind_is_one_line(monkeypatch):
         report = lsuv_init(net, torch.randn(256, 16) + 1, **options)
         assert [(r.name, r.status) for r in report] == [('0', 'ok'), ('2', 'ok')] and report.n_passes == 2
         assert all(s == pytest.approx(1, abs=1e-3) and abs(m) < 1e-3 for m, s in report.pairs)
+
+
+def test_the_core_needs_torch_alone():
+    code = ("import sys; from fastai_lsuv import lsuv_init, layer_stats, LSUVReport; "
+            "assert not {'fastai', 'fastcore', 'pandas', 'matplotlib'} & {m.split('.')[0] for m in sys.modules}, "
+            "'more than torch'")
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,6 +1,8 @@
 "`LSUVCallback` and `Learner.lsuv_init`: options, Learners, the callbacks beside it, the log and the progress bar."
 import math
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 
 import matplotlib
@@ -20,7 +22,6 @@ from torch import nn
 
 import fastai_lsuv.callback
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_init
-
 
 # --- options
 
@@ -355,3 +356,16 @@ def test_the_report_says_why_the_model_was_left_as_it_is():
     report = learn.lsuv_init()
     learn.fit(1)
     assert learn.lsuv.report is report
+
+
+def test_lsuv_init_of_a_learner_is_at_hand_for_whoever_has_loaded_fastai():
+    code = "from fastai.learner import Learner; import fastai_lsuv; assert hasattr(Learner, 'lsuv_init')"
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_options_given_to_learn_lsuv_init_reach_the_attached_callback():
+    learn = learner(cbs=LSUVCallback())
+    learn.lsuv_init(every_fit=True)
+    assert learn.lsuv.every_fit is True
+    learn.fit(1)
+    assert sum("at std 1" in l for l in learn.lines if isinstance(l, str)) == 2

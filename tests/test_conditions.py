@@ -310,3 +310,39 @@ def test_a_model_whose_name_holds_drop_is_measured_in_training(net, training):
     assert {r.name: r.status for r in lsuv_init(model, x)} == {'body': 'ok', 'head': 'ok', 'aux': 'ok'}
     assert [r.name for r in layer_stats(model, x)] == ['body', 'head', 'aux']
     assert [m.training for m in model.modules()] == [training]*4
+
+
+def test_a_model_called_droplet_net_trains_while_it_is_measured():
+    class DropletNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body,self.head,self.aux = nn.Linear(16, 16),nn.Linear(16, 4),nn.Linear(16, 4)
+        def forward(self, x):
+            x = F.relu(self.body(x))
+            return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+    class DropPathNet(DropletNet): pass
+
+    for make in (DropletNet, DropPathNet):
+        assert [r.status for r in lsuv_init(make(), torch.randn(64, 16))] == ['ok']*3
+
+
+@pytest.mark.parametrize('drop', [torch.alpha_dropout, torch.feature_alpha_dropout, torch.alpha_dropout_,
+                                  torch.feature_dropout_, torch.feature_alpha_dropout_], ids=lambda f: f.__name__)
+def test_no_builtin_dropout_drops(drop):
+    seen = []
+
+    def forward(self, x):
+        seen.append(drop(x.clone(), 0.5, self.training))
+        return self.lin(seen[-1])
+
+    net,x = Mod(forward, lin=nn.Linear(16, 8)),torch.randn(64, 16)
+    lsuv_init(net, x)
+    assert all(torch.equal(s, x) for s in seen)
+
+
+@pytest.mark.parametrize('norm', [nn.LayerNorm(16), nn.GroupNorm(2, 16)])
+def test_a_norm_layer_inside_a_transform_of_torch_func(norm):
+    def forward(self, x): return torch.func.vmap(lambda row: self.norm(row[None])[0])(self.lin(x))
+
+    assert lsuv_init(Mod(forward, lin=nn.Linear(20, 16), norm=norm), torch.randn(64, 20)).ok

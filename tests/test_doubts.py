@@ -5,7 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from checked import quietly
+from networks import Mod
+from torch import nn
 
+from fastai_lsuv import lsuv_init
 from fastai_lsuv.doubts import ALIKE_SPREAD, doubt, mean_tolerance, samples_alike, unusual, varies
 from fastai_lsuv.moments import Evidence, Moments, channel_moments, whole_moments
 from fastai_lsuv.rows import STATUSES
@@ -186,3 +191,27 @@ def test_what_sets_a_mini_batch_apart(batch, says):
 def test_a_part_of_a_mini_batch_may_hold_one_sample(monkeypatch):
     monkeypatch.setattr('fastai_lsuv.doubts.several_ranks', lambda: True)
     assert unusual(torch.randn(1, 3, 8, 8)) == ''
+
+
+@pytest.mark.parametrize('mean', [0., 0.5, 2., 20., 1000.])
+@pytest.mark.parametrize('moments', [whole_moments, channel_moments])
+@pytest.mark.parametrize('samples', [8, 64])
+def test_a_mean_hides_no_outlier(mean, moments, samples):
+    x = .1*torch.randn(samples, 32, dtype=torch.float64)
+    x[3] *= 40
+    assert doubt(moments(x + mean), 1.) == 'outlier'
+    assert doubt(moments(torch.randn(samples, 32) + mean), 1.) == ''
+
+
+def test_a_layer_that_puts_out_the_same_for_each_sample_is_not_scaled_up():
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    nn.init.zeros_(net[0].weight)
+    report = quietly(net, torch.randn(64, 16))
+    assert {r.status for r in report} == {'alike'} and {r.gain for r in report} == {1.}
+
+
+def test_the_first_tensor_tells_the_samples():
+    def forward(self, x, table): return self.b(F.relu(self.a(x))) + table[:10]
+
+    net = Mod(forward, a=nn.Linear(16, 100), b=nn.Linear(100, 10))
+    assert lsuv_init(net, (torch.randn(64, 16)*.01, torch.zeros(100))).ok

@@ -4,9 +4,9 @@ from collections import UserDict
 
 import pytest
 import torch
-from checked import init, statuses
+from checked import init, quietly, statuses
 from fingerprint import fingerprint
-from networks import NETWORKS, Logged
+from networks import NETWORKS, Logged, Mod
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,8 +42,8 @@ def test_the_last_thing_a_dataloader_yields_is_the_target():
 
 
 def test_fastai_dataloaders():
-    from fastai.data.load import DataLoader as FastaiDataLoader
     from fastai.data.core import DataLoaders, TfmdDL
+    from fastai.data.load import DataLoader as FastaiDataLoader
     rows = [(torch.randn(4), torch.randn(3), i) for i in range(64)]
     assert lsuv_init(Two(), TfmdDL(rows, bs=32)).ok  # all but the last
     assert lsuv_init(Two(), TfmdDL([r[:2] for r in rows], bs=32), n_inp=2).ok  # its own `n_inp` is 1
@@ -211,3 +211,57 @@ def test_next_moves_on_from_a_joined_mini_batch():
     with Feed(nn.Linear(4, 2), iter(numbered(1, 1, 1, 1)), None, None) as feed:
         feed.join_more()
         assert feed.next() and firsts(feed) == [2]
+
+
+def test_a_loader_is_started_once_for_each_time_it_is_gone_through():
+    class Loader:
+        started = 0
+        def __iter__(self):
+            self.started += 1
+            return iter([torch.randn(64, 16)])
+
+    loader = Loader()
+    assert lsuv_init(nn.Linear(16, 8), loader, batch_tol=1.).n_passes == 2 and loader.started == 2
+
+
+def test_a_list_with_n_inp_is_one_mini_batch():
+    x,y = torch.randn(64, 16),torch.randint(0, 4, (64,))
+    report = lsuv_init(nn.Linear(16, 4), [x, y], n_inp=1)
+    assert report.ok and report.n_passes == 2 and report[0].shape == (64, 4)
+
+
+def test_a_list_of_unlike_tensors_says_what_is_meant():
+    net = nn.Linear(16, 4)
+    was = fingerprint(net)
+    says = r'batches: got a list of tensors of several kinds \(float32 \(64, 16\), int64 \(64,\)\).*`n_inp`'
+    with pytest.raises(ValueError, match=says):
+        lsuv_init(net, [torch.randn(64, 16), torch.randint(0, 4, (64,))])
+    assert fingerprint(net) == was
+
+
+def test_two_tensors_alike_are_two_mini_batches_and_a_warning_says_so():
+    with pytest.warns(UserWarning, match='a list of 2 tensors is 2 mini-batches; .* pass `n_inp`'):
+        lsuv_init(nn.Linear(16, 4), list(torch.randn(2, 64, 16)))
+
+
+def test_joining_more_doubles_the_mini_batch_and_moving_on_begins_anew():
+    batches = [torch.full((1, 4), float(i)) for i in range(20)]
+    with Feed(nn.Linear(4, 2), iter(batches), None, None) as feed:
+        sizes = [len(feed.batch) for _ in range(3) if feed.join_more()]
+        feed.next()
+        feed.join_more()
+        assert sizes == [2, 4, 8] and feed.batch[:, 0].tolist() == [8., 9.]
+
+
+def test_the_only_mini_batch_of_a_list_is_not_taken_for_a_fresh_one():
+    x = torch.randn(8, 16)
+    with Feed(nn.Linear(16, 2), [x], None, None) as feed:
+        assert not feed.next() and not feed.join_more() and feed.batch is x
+
+
+def test_inputs_without_samples_are_not_joined():
+    def forward(self, x, pos): return self.lin(x) + pos
+
+    net,pos = Mod(forward, lin=nn.Linear(16, 10)),torch.randn(10)
+    alike = [(torch.randn(1, 16).repeat(8, 1), pos) for _ in range(3)]
+    assert [r.shape for r in quietly(net, alike)] == [(8, 10)]

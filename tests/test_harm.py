@@ -1,24 +1,17 @@
 "A model is never left worse than it was, and the report does not say `ok` when it is."
 import math
-import warnings
 from collections import OrderedDict
 
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from checked import quietly
 from learners import images, learner, loaders, said, same, weights
 from networks import Mod
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_init
-
-
-def quietly(model, batch, **kwargs):
-    "The report, without its warning."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        return lsuv_init(model, batch, **kwargs)
 
 
 def statuses(report): return [r.status for r in report]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from checked import quietly
 from torch import nn
 
 from fastai_lsuv.generators import Generators
@@ -153,3 +154,29 @@ def test_the_output_is_not_kept():
     check = LossCheck(nn.Linear(3, 2), lambda model: model(torch.randn(8, 3)).mean())
     check.take_before()
     assert check.out is None
+
+
+def test_a_loss_that_cannot_be_taken_any_more_puts_the_weights_back():
+    net,x = nn.Linear(16, 8),torch.randn(64, 16)
+    was = net.weight.detach().clone()
+
+    def loss(model):
+        out = model(x)
+        if out.std() > 0.9: raise ArithmeticError('the loss is undefined')
+        return out.square().mean()
+
+    assert quietly(net, x, loss=loss)[0].status == 'undone' and torch.equal(net.weight, was)
+
+
+def test_zeros_may_be_the_best_prediction():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(16, 64),nn.Linear(64, 10)
+        def forward(self, x): return self.b(F.relu(self.a(x)))**6*100
+
+    net,x = Grows(),torch.randn(64, 16)
+    report = quietly(net, x, loss=lambda model: model(x).square().mean())
+    assert {r.status for r in report} == {'undone'}
+    kept = quietly(net, x, loss=lambda model: model(x).square().mean(), force=True)
+    assert 'after (far worse, and kept with `force=True`).' in kept.summary and kept.ok

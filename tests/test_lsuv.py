@@ -1,10 +1,10 @@
 "`lsuv_init` against the oracle, `layer_stats`, and the models that both refuse."
-import warnings
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from checked import quietly
 from fingerprint import fingerprint
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
@@ -16,7 +16,6 @@ from torch import nn
 from fastai_lsuv import layer_stats, lsuv_init
 from fastai_lsuv.loops import ORDERS
 from fastai_lsuv.preinit import orthogonal_
-
 
 SEQUENCES = [*ORDERS, 'mean', 'std mean std', 'mean+std std']
 
@@ -102,13 +101,6 @@ NETS = {
     'tiny inputs': (mlp, lambda: [1e-3*randn(64, 12)]),
     'tokens': (mlp, lambda: [randn(4, 7, 3, 12)]),
 }
-
-
-def quietly(model, batch, **kwargs):
-    "The report of `lsuv_init`, without its warning."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        return lsuv_init(model, batch, **kwargs)
 
 
 def assert_same(a, b, close=1e-9):
@@ -355,3 +347,10 @@ def test_layer_stats_leaves_frozen_and_tied_layers_to_their_std():
     m.weight.data = torch.eye(4)
     m.bias.data.zero_()
     assert layer_stats(m, torch.randn(256, 4))[0].status == 'ok'
+
+
+def test_layer_stats_of_a_model_that_samples_leaves_the_generator_alone():
+    net = Mod(lambda self, x: self.lin(x + torch.randn_like(x)), lin=nn.Linear(16, 8))
+    was = torch.get_rng_state()
+    layer_stats(net, torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), was)

@@ -10,11 +10,10 @@ from fingerprint import fingerprint
 from networks import Logged, Mod
 from torch import nn
 
-from fastai_lsuv import lsuv_init
+from fastai_lsuv import LSUVCallback, lsuv_init
 from fastai_lsuv.options import Options
 from fastai_lsuv.targets import Target
 from fastai_lsuv.units import Unit
-
 
 # --- what is refused
 
@@ -164,3 +163,17 @@ def test_a_target_for_each_unit():
     assert asked == [(n, nn.Linear) for n in rows]
     for n, r in rows.items():
         assert r.std == pytest.approx(0.5 if n.endswith('.2') else 1, abs=1e-3)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = dict(target_std=np.float32(2), max_iter=np.int64(3), tol=np.float64(1e-3), target_mean=np.float32(1))
+    row, = lsuv_init(nn.Linear(16, 8), torch.randn(64, 16), **options)
+    assert (row.mean, row.std) == pytest.approx((1, 2), abs=1e-3)
+    assert lsuv_init(nn.Linear(16, 8), [(torch.randn(64, 16), 0)], n_inp=np.int64(1)).ok
+
+
+def test_the_warning_of_an_unused_target_points_at_the_caller():
+    with pytest.warns(UserWarning, match='target_mean') as said:
+        lsuv_init(nn.Linear(16, 8), torch.randn(64, 16), order='std', target_mean=1.)
+        LSUVCallback(order='std', target_mean=1.)
+    assert [w.filename for w in said] == [__file__]*2

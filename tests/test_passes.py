@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from checked import init, samples, statuses
+from checked import init, quietly, samples, statuses
 from networks import NETWORKS, Mod, cnn
 from torch import nn
 
@@ -129,3 +129,62 @@ def test_a_look_notes_the_parameters_that_functions_take():
     for _ in range(2):
         passes.look(lambda: model(x))
         assert discovery.taken == {id(model.w)} and [u.name for u in passes.order] == ['w']
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_mini_batches_that_alternate_are_pooled(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(64, 16)
+    net = nn.Linear(16, 1)
+    report = quietly(net, [x, x + 2, x, x + 2])
+    with torch.no_grad(): both = net(torch.cat([x, x + 2]))
+    # the mean is -4.7 where each pass forgets the one before
+    assert (both.mean().item(), both.std().item()) == pytest.approx((0, 1), abs=0.2)
+    assert report.ok and report.n_passes < 11
+
+
+def test_a_layer_behind_one_that_still_changes_is_not_pooled_with_the_past():
+    torch.manual_seed(0)
+    def forward(self, x):
+        for _ in range(4): x = x + self.again(x)
+        return self.head(x)
+
+    net,x = Mod(forward, again=nn.Linear(16, 16), head=nn.Linear(16, 16)),torch.randn(256, 16)
+    report = quietly(net, x)
+    outs = []
+    net.head.register_forward_hook(lambda m, args, out: outs.append(out))
+    with torch.no_grad(): net(x)
+    assert report['head'].std == pytest.approx(outs[0].std().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize('times', [1, 3])
+def test_each_pass_begins_with_the_state_that_training_begins_with(times):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.h = nn.Linear(20, 20),None
+        def forward(self, x):
+            self.h = x if self.h is None else 0.5*self.h.detach() + x
+            return self.lin(self.h)
+
+    net,x = nn.Sequential(Remembers(), nn.ReLU(), nn.Linear(20, 4)),torch.randn(64, 20)
+    report = lsuv_init(net, x, baseline=times > 1)
+    for now, said in zip(layer_stats(net, x).pairs, report.pairs): assert now == pytest.approx(said, abs=1e-6)
+    assert net[0].h is None
+
+
+def test_a_model_may_write_to_its_input():
+    class Normalizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
+        def forward(self, x):
+            x -= 5.
+            x /= 2.
+            return self.net(x)
+
+    x,net = torch.randn(64, 20)*2 + 5,Normalizes()
+    was = x.clone()
+    report = lsuv_init(net, x, loss=lambda model: model(x).square().mean() + 1)
+    assert report.ok and report.n_passes == 4 and torch.equal(x, was)
+    assert [s for _, s in layer_stats(net, x).pairs] == pytest.approx([1, 1], abs=1e-3)

@@ -337,3 +337,8 @@ def test_per_channel_rows_are_those_of_the_channels():
     model = nn.Sequential(nn.Linear(8, 4))
     r = lsuv_init(model, torch.randn(64, 8), per_channel=True, preinit=None)
     assert math.isclose(r[0].std, 1, abs_tol=1e-3) and abs(r[0].mean) < 1e-3
+
+
+def test_an_order_without_a_std_loop_speaks_of_the_mean():
+    report = lsuv_init(nn.Linear(16, 8), 20*torch.randn(64, 16), order='mean', preinit=None)
+    assert report[0].std > 5 and report.summary == "LSUV: 1 of 1 layer at mean 0. Order 'mean', 2 forward passes."

@@ -4,13 +4,12 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from checked import init, samples, statuses
+from checked import init, quietly, samples, statuses
 from lesson11 import ConvLayer, lesson11
 from networks import NETWORKS, Mod, cnn
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
-
 
 # --- containers
 
@@ -254,3 +253,25 @@ def test_biases_that_the_model_makes_differ_between_passes():
     net = Mod(forward, layer=nn.Linear(16, 8))
     report = lsuv_init(net, [samples(256) for _ in range(6)])
     assert report['layer'].status == 'ok' and report.n_passes == 3
+
+
+@pytest.mark.parametrize('preinit', ['orthogonal', None])
+def test_a_shared_bias_belongs_to_the_first_layer_that_runs(preinit):
+    net = Mod(lambda self, x: self.b(F.relu(self.a(x))), a=nn.Linear(16, 16), b=nn.Linear(16, 16))
+    net.b.bias = net.a.bias
+    x = torch.randn(256, 16) + 1
+    report = lsuv_init(net, x, preinit=preinit)
+    with torch.no_grad(): a = net.a(x)
+    assert (a.mean().item(), a.std().item()) == pytest.approx((0, 1), abs=1e-2) and report['a'].status == 'ok'
+    b = report['b']
+    assert b.std == pytest.approx(1, abs=0.1) and b.status == ('no bias' if abs(b.mean) > 0.1 else 'ok')
+
+
+def test_a_bias_that_does_not_move_the_mean_is_tried_once():
+    net = Mod(lambda self, x: self.head(self.block(x)), block=nn.Sequential(nn.Linear(16, 32), nn.ReLU()),
+              head=nn.Linear(32, 8))
+    runs = []
+    net.block[1].register_forward_hook(lambda *_: runs.append(1))
+    report = quietly(net, (torch.randn(64, 16) for _ in range(20)), modules=['block', 'head'], batch_tol=0.02)
+    assert report['block'].status in ('no bias', 'off') and report.n_passes > 2
+    assert len(runs)/report.n_passes < 8  # 10 and more where each pass tries the bias again

@@ -557,3 +557,44 @@ def test_gradients_come_back_from_an_interrupt_while_they_are_cleared(monkeypatc
     with pytest.raises(KeyboardInterrupt):
         with preserved(model): pass
     assert model.weight.grad is grad
+
+
+@pytest.mark.parametrize('array', [np.array(3.), np.arange(3.)], ids=['0-d', 'read-only'])
+def test_arrays_that_cannot_be_written_are_no_obstacle(array):
+    array.flags.writeable = False
+    net = nn.Sequential(nn.Linear(16, 8))
+    net.scale = array
+    assert lsuv_init(net, torch.randn(64, 16)).ok and net.scale is array
+
+
+def test_state_in_a_plain_object_is_put_back():
+    class Tracker: count = 0
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tracker,self.lin = Tracker(),nn.Linear(16, 8)
+            self.tracker.count = 7
+        def forward(self, x):
+            self.tracker.count += 1
+            return self.lin(x)
+
+    net = Counts()
+    assert lsuv_init(net, torch.randn(64, 16)).ok and net.tracker.count == 7
+
+
+def test_a_frozen_weight_that_the_forward_moves_is_put_back():
+    class Momentum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q,self.k = nn.Linear(20, 64),nn.Linear(20, 64).requires_grad_(False)
+        def forward(self, x):
+            q = self.q(x)
+            with torch.no_grad():
+                for a, b in zip(self.q.parameters(), self.k.parameters()): b.data = b.data*.9 + a.data*.1
+                return q @ self.k(x).T
+
+    net = Momentum()
+    was = [p.clone() for p in net.k.parameters()]
+    assert quietly(lsuv_init, net, torch.randn(64, 20))['k'].status == 'frozen'
+    assert all(map(torch.equal, net.k.parameters(), was))

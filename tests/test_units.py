@@ -3,14 +3,14 @@ from copy import deepcopy
 
 import pytest
 import torch
-from checked import init, samples, statuses
+import torch.nn.functional as F
+from checked import init, quietly, samples, statuses
 from lesson11 import ConvLayer, lesson11
 from networks import NETWORKS, Mod, cnn
 from torch import nn
 
 from fastai_lsuv import lsuv_init
 from fastai_lsuv.selection import find_units, select_modules
-
 
 # --- selection
 
@@ -155,3 +155,54 @@ def test_not_finite():
     weight = net[2].weight.detach().clone()
     rows = init(net, samples(), preinit=None)
     assert statuses(rows) == {'0': 'ok', '2': 'non-finite'} and torch.equal(net[2].weight, weight)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ok_means_that_the_mean_is_right_too(seed):
+    torch.manual_seed(seed)
+    x = torch.randn(64, 16)
+    net = nn.Linear(16, 1)
+    row, = quietly(net, iter([x, x + 2]), max_iter=1)
+    with torch.no_grad(): mean = net(x + 2).mean().item()
+    assert row.mean == pytest.approx(mean, abs=1e-4)
+    assert row.status == ('ok' if abs(mean) <= 3/8 else 'off')  # three standard errors of 64 samples
+
+
+def test_with_per_channel_one_channel_that_is_far_off_is_not_ok():
+    x = torch.randn(256, 64)
+    wide = x.clone()
+    wide[:, 0] *= 5
+    report = quietly(nn.Linear(64, 64), iter([x, wide]), per_channel=True, preinit=_identity, max_iter=1)
+    assert report[0].status == 'off'
+
+
+def _identity(layer):
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def test_a_start_counts_as_a_pass_that_changed_the_layer():
+    net = nn.Linear(16, 16)
+    report = lsuv_init(net, torch.linalg.qr(torch.randn(256, 16))[0]*16, order='std', tol=0.5)
+    assert report[0].gain == 1 and report[0].passes == 1 and report.ok
+
+
+def test_tied_is_said_whatever_the_std():
+    net = Mod(lambda self, x: self.b(self.a(x)), a=nn.Linear(16, 16, bias=False), b=nn.Linear(16, 16, bias=False))
+    net.b.weight = net.a.weight
+    report = quietly(net, torch.randn(256, 16))
+    assert abs(report['b'].std - 1) < 0.1 and [r.status for r in report] == ['ok', 'tied']
+
+
+def test_what_ran_before_its_input_changed_is_not_called_ok():
+    class Routes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t,self.b,self.c = nn.Linear(16, 64),nn.Linear(64, 64),nn.Linear(64, 8)
+        def forward(self, x, flag):
+            h = self.t(x)
+            if flag: self.b(h)
+            return self.c(F.relu(h))
+
+    batches = [(torch.randn(64, 16), 1), *[(torch.randn(64, 16)*3, 0) for _ in range(5)]]
+    assert [(r.name, r.status) for r in quietly(Routes(), batches)] == [('t', 'ok'), ('b', 'off'), ('c', 'ok')]

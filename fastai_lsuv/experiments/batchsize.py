@@ -51,16 +51,12 @@ def batchsize(
     say(f'Data: {images.name}, {options.size} pixels a side\n'
         f'FitNet-4 of width {options.width:g} and depth {options.depth:g}, {act}, {df.layer.max()} layers; '
         f'{draws} mini-batches of each size, seeds 1 to {seeds}')
-    by_size = by.groupby('size', sort=False)
-    shown = by_size[['spread', 'worst', 'bias', 'off']].agg(lambda v: pm(v, 1, 100))
-    shown['within'] = [f'{100*v:.0f}' for v in by_size.within.mean()]
-    columns = ['spread', 'worst layer', 'off the largest', '|std - 1| unseen', f'within {TOL:g}']
     say('By mini-batch size, in %:\n'
         'the spread of the scale over the draws (mean over layers, and worst layer),\n'
         'the distance of the scale from that of the largest size,\n'
         f'the distance of the std of a layer from 1 on {len(unseen)} unseen images (mean),\n'
         f'and the share of the layers within {TOL:g} there',
-        shown.set_axis(columns, axis=1))
+        _table(by))
     save('batchsize', options.out, _picture(df, by), main=df, summary=by)
     return df
 
@@ -92,6 +88,14 @@ def summary(
     off = df.assign(off=(df.std_unseen - 1).abs()).groupby(['seed', 'size'])
     by = by.join(off.agg(off=('off', 'mean'), within=('off', lambda v: (v <= TOL).mean())))
     return by.reset_index()
+
+
+def _table(by: pd.DataFrame) -> pd.DataFrame:
+    "The summary in percent, a row a size."
+    by_size = by.groupby('size', sort=False)
+    shown = by_size[['spread', 'worst', 'bias', 'off']].agg(lambda v: pm(v, 1, 100))
+    shown['within'] = [f'{100*v:.0f}' for v in by_size.within.mean()]
+    return shown.set_axis(['spread', 'worst layer', 'off the largest', '|std - 1| unseen', f'within {TOL:g}'], axis=1)
 
 
 def _picture(df: pd.DataFrame, by: pd.DataFrame) -> plt.Figure:

@@ -59,11 +59,7 @@ def thread(
             x = images.batch(lsuv_bs, seed)
             if arm != BEFORE:
                 lsuv_init(model, x, order=arm, preinit=None, modules=ConvLayer)
-            theirs = THREAD.get(arm, [(float('nan'),)*2]*5)
-            for k, (mean, std) in enumerate(layer_stats(model, x, modules=ConvLayer).pairs):
-                thread_mean,thread_std = theirs[k]
-                rows.append(dict(order=arm, seed=seed, layer=k + 1, mean=mean, std=std,
-                                 thread_mean=thread_mean, thread_std=thread_std))
+            rows += _rows(arm, seed, layer_stats(model, x, modules=ConvLayer).pairs)
             runs.fit(dict(order=arm), seed, model, lr, [])
     pairs,trained = pd.DataFrame(rows),runs.df()
 
@@ -79,6 +75,13 @@ def thread(
     say(f'Accuracy after each epoch, %: lr {lr:g}, batch {bs}', table(trained, 'order', 'epoch', 'accuracy', percent))
     save('thread', out, _picture(pairs, trained, arms), main=pairs, training=trained)
     return pairs
+
+
+def _rows(arm: str, seed: int, pairs: list[tuple[float, float]]) -> list[dict]:
+    "A row a layer, with its pair and that of the thread."
+    theirs = THREAD.get(arm, [(float('nan'),)*2]*len(pairs))
+    return [dict(order=arm, seed=seed, layer=k + 1, mean=mean, std=std, thread_mean=thread_mean, thread_std=thread_std)
+            for k, ((mean, std), (thread_mean, thread_std)) in enumerate(zip(pairs, theirs))]
 
 
 def _beside_the_thread(arm: str, pairs: pd.DataFrame) -> tuple[str, str]:
