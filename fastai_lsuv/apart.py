@@ -14,7 +14,7 @@ __all__ = ['pool_apart']
 
 
 def pool_apart(discovery: Discovery) -> list[OperationUnit]:  # Those that some rank has run, in one order on all ranks
-    "Pool what the ranks have seen, in this pass, of units set apart. This makes those that only other ranks have run."
+    "Pool what the ranks have seen, in this pass, of units set apart. Those that only other ranks ran are made here."
     if not several_ranks(): return []
     units = [u for u in discovery.units.values() if u.apart and u.seen.now is not None]
     of_ranks = of_all_ranks([(u.recipe, u.seen.now.shape, u.seen.now.moments) for u in units])

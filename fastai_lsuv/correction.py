@@ -96,35 +96,41 @@ class Corrector:
         if solver.running: return None
         if rows is not None: out = out[rows]  # a view: what corrects it corrects the whole
         with torch._C.DisableTorchFunction():  # what happens in here is not the model's
-            due = self._measure(u, first_tensor(out))
+            x = first_tensor(out)
+            due = self._record(u, x) and self._is_due(u, x)
         if not due: return None
         if again is not None: solver.keep_call(again)
         was,self.busy = self.busy,True
         try: return solver.observe(out)
         finally: self.busy = was
 
-    def _measure(self, u: Unit, x: Tensor | None) -> bool:  # Whether the unit is to be corrected
-        "Measure a unit's output."
+    def _record(self, u: Unit, x: Tensor | None) -> bool:  # Whether there is anything to see
+        "Measure a unit's output, and note what is seen."
         if x is None or x.numel() == 0 and not several_ranks(): return False
-        may_change,seen = self.changes and self.may_change(u),u.seen
-        now = seen.now or Observation(self._by_channel(u, may_change))
+        now = u.seen.now or Observation(self._by_channel(u))
         # An operation may see the tokens of a sample as rows. They count as one sample.
         samples = sys.maxsize if u.is_module else self.samples
         norms = self.norms
-        m = measure(u, x, now.by_channel, Evidence(samples, 0., norms.spread, norms.normed, self.alike, self.batch))
+        now.around = Evidence(samples, 0., norms.spread, norms.normed, self.alike, self.batch)
+        m = measure(u, x, now.by_channel, now.around)
         if m is None: return False
-        if seen.now is None:
-            seen.now = now
+        if u.seen.now is None:
+            u.seen.now = now
             if not u.apart: self.order.setdefault(u)
             self.ran += 1
         now.shape = tuple(x.shape)
         now.moments.append(m)
         if self.watch is not None: self.watch(self.ran, len(self.units))
-        if u.apart or not (may_change and u.due()): return False
-        u.reason = u.doubts(m, local(x))
+        return True
+
+    def _is_due(self, u: Unit, x: Tensor) -> bool:
+        "Whether to correct a unit now. If its moments are in doubt, `Unit.reason` says why."
+        if u.apart or not (self.changes and self.may_change(u) and u.due()): return False
+        u.reason = u.doubts(u.seen.now.moments[-1], local(x))
         return not u.reason
 
-    def _by_channel(self, u: Unit, may_change: bool) -> bool:
+    def _by_channel(self, u: Unit) -> bool:
         "Whether the moments of a unit are to tell channels apart."
+        may_change = self.changes and self.may_change(u)
         if may_change and u.affine and u.biases_differ is None: u.biases_differ = biases(u).ndim > 0
         return u.target.per_channel or bool(may_change and u.biases_differ)

@@ -65,7 +65,7 @@ def doubt(
 
 
 def varies(m: Moments, beside: Moments | None = None) -> bool:
-    "Whether an activation varies by more than the rounding error of float32, in itself or `beside` what it is part of."
+    "Whether an activation varies by more than float32's rounding of it, or of `beside`, the output it is part of."
     _,std = m.stats()
     size = max(abs(o.mean).max() + o.var.max()**0.5 for o in ((m,) if beside is None else (m, beside)))
     return bool(std > _NOISE*size)

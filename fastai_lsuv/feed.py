@@ -148,7 +148,7 @@ def _check_list(tensors: list[Tensor]) -> None:
 def _level_of_caller() -> int:
     "The `stacklevel` at which the warning of a function points at the line that called this package."
     level,frame = 1,sys._getframe(1)
-    while frame is not None and frame.f_globals.get('__name__', '').startswith(f'{__package__}.'):
+    while frame is not None and frame.f_globals.get('__name__', '').startswith('fastai_lsuv.'):
         level,frame = level + 1,frame.f_back
     return level
 

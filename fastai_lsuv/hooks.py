@@ -26,7 +26,7 @@ __all__ = ['Observer', 'hooked', 'OperationHooks']
 
 class Observer(Protocol):
     "What is shown the units."
-    changes: bool  # Whether it may change a unit: it is to start units, and solvers are shown inputs and outputs
+    changes: bool  # Whether it may change units. If so, it is asked to start them, and solvers see inputs and outputs
     busy: bool  # Whether it is shown nothing at the moment: it runs a unit again, say
     in_graph: bool  # Whether gradients must reach what it is shown. They always reach what the model goes on with
     def start(self, u: Unit) -> bool:

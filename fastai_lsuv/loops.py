@@ -111,10 +111,11 @@ def _run_loop(
         if not (meter.affine or shift or _responds(factor, std/was)): return 'unresponsive'
     else:
         # The biases of an affine unit may differ by more than the target std. No scale of its weight changes that.
-        off = abs(np.log(std/target_std)) > _MIN_RESPONSE
-        if meter.affine and scales and off[std > 0].any(): return 'unresponsive'
+        std_is_off = (abs(np.log(std/target_std)) > _MIN_RESPONSE) & (std > 0)
+        if meter.affine and scales and _any(std_is_off): return 'unresponsive'
         if not meter.affine and shifts and _any(abs(mean - target_mean) > tol): return 'immovable'
-    return 'immovable' if shifts and not scales and _any(std < _MIN_STD_KEPT*std_at_start) else ''
+    kills = shifts and not scales and _any(std < _MIN_STD_KEPT*std_at_start)
+    return 'immovable' if kills else ''
 
 
 def _responds(factor: np.ndarray, change: np.ndarray) -> bool:

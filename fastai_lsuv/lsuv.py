@@ -73,7 +73,8 @@ def lsuv_init(
     ranks.
 
     With `loss`, the training loss is taken before and after, with dropout on. If it was finite and comes out
-    non-finite, or five times that of before and of predicting zeros, the weights are put back, and the warning says so.
+    non-finite, or more than five times both the loss before and the loss of predicting zeros, the weights are put
+    back, and the warning says so.
 
     Raises `TypeError` or `ValueError`, naming the argument, before anything is changed. If anything is raised later,
     weights and all else are put back. An error of the model is raised as it is, with a note that names the layer.

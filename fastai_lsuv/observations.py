@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .moments import Moments, pool
+from .moments import Evidence, Moments, pool
 
 __all__ = ['Observation', 'Observations', 'RECENT']
 
@@ -19,6 +19,7 @@ class Observation:
     "What one pass sees of a unit."
     by_channel: bool  # Whether the moments tell channels apart: biases differ, or each channel is normalized
     shape: tuple[int, ...] = ()  # Shape of the output, in the last call
+    around: Evidence = Evidence()  # What this rank knows beside that output
     moments: list[Moments] = field(default_factory=list)  # Of each call's output, under the weights as they now are
 
     @property

@@ -34,8 +34,7 @@ _ROUNDS = 3
 # Multiplications, about, up to which QR is faster. On one core, at 64x128, QR takes 0.3 ms and the rounds take 0.5.
 # At 128x128 QR takes 0.8 ms and the rounds take 0.6.
 _SMALL = 2**20
-# Numbers that go through the rounds together. Cores wait for each other more often with fewer; more of them leave the
-# cache.
+# Numbers that go through the rounds together. With fewer, cores wait for each other. More do not fit in the cache.
 _CHUNK = 2**19
 # Numbers in a matrix that a deck keeps, at most.
 _MOST_KEPT = 2**22

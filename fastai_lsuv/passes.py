@@ -62,7 +62,8 @@ class Passes:
         for u in apart:
             c.add(u)
             self.order.setdefault(u)
-        self._forget_stale()
+        self._mark_stale()
+        self._forget_downstream()
         if correct: self._correct_after(apart)
         for u in self.units: u.end_pass()
         return self._look_for_uncalled() or any(u.changed for u in self.units)
@@ -91,10 +92,13 @@ class Passes:
 
     # ---- After a forward
 
-    def _forget_stale(self) -> None:
-        "What earlier passes saw of a unit counts no more once a unit that runs before it has changed."
+    def _mark_stale(self) -> None:
+        "What was seen of a unit that this pass did not run is stale once any unit has changed."
         any_changed = any(u.changed for u in self.units)
         for u in self.units: u.stale = u.seen.now is None and (u.stale or any_changed)
+
+    def _forget_downstream(self) -> None:
+        "What earlier passes saw of a unit counts no more once a unit that runs before it has changed."
         upstream = False
         for u in self.order:
             if upstream: u.seen.earlier = []

@@ -160,21 +160,27 @@ class _Sent:
 
 
 def _of_one_batch(parts: list[_Sent]) -> Moments:
-    "Moments over ranks that hold the same samples."
-    different: list[_Sent] = []
-    for p in parts:
-        if not any(p.same(q) for q in different): different.append(p)
+    "Moments over ranks that hold the same samples: copies of one output, other channels of it, or other elements."
+    different = _without_copies(parts)
     if len(different) == 1: return different[0].moments
-    different.sort(key=lambda p: p.first)
     of_channels = [pool([p.moments for p in g]) for _, g in groupby(different, key=lambda p: p.first)]
     m = _side_by_side(of_channels) if len(of_channels) > 1 else of_channels[0]
     kept = [p.moments for p in different]
+    # The sample with the largest share may be another on each rank. The sum is then more than any sample has.
     squares = [k.count*float(np.sum(k.var + np.square(k.mean - m.mean.mean()))) for k in kept]
     top = sum(k.evidence.top*q for k, q in zip(kept, squares))/max(sum(squares), np.finfo(float).tiny)
     e = [k.evidence for k in kept]
     evidence = Evidence(max(x.samples for x in e), min(top, 1.), min(x.spread for x in e), any(x.normed for x in e),
                         all(x.alike for x in e), e[0].batch)
     return Moments(m.count, m.mean, m.var, evidence)
+
+
+def _without_copies(parts: list[_Sent]) -> list[_Sent]:
+    "Those that differ, by their first channel."
+    different: list[_Sent] = []
+    for p in parts:
+        if not any(p.same(q) for q in different): different.append(p)
+    return sorted(different, key=lambda p: p.first)
 
 
 def _side_by_side(parts: list[Moments]) -> Moments:

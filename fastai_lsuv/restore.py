@@ -71,8 +71,8 @@ def put_back(
 
 
 def _repairs(item: Item) -> Iterable[tuple[Any, Callable[[], None]]]:
-    """The writes that `item` needs. What cannot be compared counts as changed; what keeps the writes from being found
-    is one that fails."""
+    """The writes that `item` needs. What cannot be compared counts as changed. If the writes cannot be found, one that
+    raises the error stands for them."""
     try:
         if item.same(): return ()
     except Exception: pass

@@ -273,8 +273,8 @@ def _replicas(t: Tensor) -> list[tuple[int, Any]]:
 def drawn_alike(device: torch.device, apart: int = 0) -> Iterator[None]:
     """Random numbers of torch's default generator are drawn inside, the same on every rank: those of rank 0.
 
-    Ranks that are to draw different ones give different numbers `apart`. Afterwards a generator that was not in the
-    state of rank 0's is as it was."""
+    Ranks that are to draw different ones give different numbers `apart`. Afterwards, a rank whose generator differed
+    from rank 0's gets its old state back."""
     if not several_ranks():
         yield
         return
@@ -322,10 +322,11 @@ def refuse(model: nn.Module) -> None:
     "Raise `ValueError` for a model in the hands of an engine that keeps weights where LSUV cannot change them."
     fsdp1 = _loaded('torch.distributed.fsdp', 'FullyShardedDataParallel')
     for name, m in model.named_modules():
+        name = repr(name) if name else 'it'
         if fsdp1 and isinstance(m, fsdp1):
-            raise ValueError(f"model: {name or 'it'!r} is wrapped by FullyShardedDataParallel, which flattens its "
+            raise ValueError(f"model: {name} is wrapped by FullyShardedDataParallel, which flattens its "
                              "weights; use torch.distributed.fsdp.fully_shard, or initialize the model before it is "
                              "wrapped")
         if type(m).__module__.split('.')[0] == 'deepspeed' or any(hasattr(p, 'ds_id') for p in m._parameters.values()):
-            raise ValueError(f"model: {name or 'it'!r} is in the hands of DeepSpeed, which keeps its own copies of the "
+            raise ValueError(f"model: {name} is in the hands of DeepSpeed, which keeps its own copies of the "
                              "weights; initialize the model before `deepspeed.initialize`")

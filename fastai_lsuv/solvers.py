@@ -143,7 +143,9 @@ class RunAgain:
 
     def _accept(self, meter: RunAgainMeter) -> Any:
         u = self.unit
-        u.weights.sort(key=lambda w: w is not meter.weight)
+        if meter.weight is not u.weights[0]:
+            u.weights.sort(key=lambda w: w is not meter.weight)
+            u.claimed = False  # another unit may own this weight
         if meter.moved:
             u.note_change(meter.gain)
             u.seen.earlier = []
@@ -166,8 +168,8 @@ class RunAgainMeter:
     def stats(self) -> tuple[np.ndarray, np.ndarray]:
         if self.stale:
             self.out = self.solver.run()
-            around = self.first[0].evidence
-            self.moments = measure(self.unit, first_tensor(self.out), self.unit.seen.now.by_channel, around)
+            now = self.unit.seen.now
+            self.moments = measure(self.unit, first_tensor(self.out), now.by_channel, now.around)
             self.stale = False
         return self.moments.stats(self.unit.target.per_channel)
 
@@ -229,9 +231,10 @@ class ClosedForm:
     @np.errstate(all='ignore')
     def _solve(self, x: Tensor) -> None:
         u,b,now = self.unit,biases(self.unit),self.unit.seen.now
-        if b.ndim and not now.by_channel:  # the model has made the biases differ since they were looked at
-            u.biases_differ = now.by_channel = True
-            now.moments[-1] = measure(u, x, True, now.moments[-1].evidence)
+        if b.ndim and not now.by_channel:  # the biases have come to differ since they were looked at
+            u.biases_differ = True
+            if now.repeated: return  # the next pass sees all calls by channel
+            now.by_channel,now.moments = True,[measure(u, x, True, now.around)]
         recent = u.seen.recent()
         meter = AffineMeter(recent.affine(1., -b), b, u.bias is not None, u.target.per_channel)
         if varies(meter.z, recent): u.reason = _loop(u, meter, _MAX_STEPS)

@@ -46,9 +46,8 @@ class Snapshot:
 class Copies:
     """Copies of parameters.
 
-    Those on the CPU lie in one array of numpy's, which comes in huge pages where the system has them. As tensors of
-    their own they take the place of memory that the model is used to run in, and page faults cost its passes more than
-    the copy."""
+    Those on the CPU lie in one array of numpy's, which comes in huge pages where the system has them. Separate tensors
+    would take memory that the model's passes reuse. Their page faults would cost more than the copy."""
     def __init__(self,
         params: Iterable[nn.Parameter],
         names: dict[int, str] | None = None  # What error messages call them, by `id`

@@ -156,8 +156,8 @@ def pretrained_body(learn: Learner) -> set[int]:
 def _was_trained(learn: Learner) -> bool:
     """Whether an optimizer has taken a step. What `lr_find` did, it undid.
 
-    An optimizer keeps some state; or fastai's, which zeroes gradients, leaves zeros; or, where neither is to be had
-    (plain SGD, of torch), the Recorder has losses."""
+    Three signs tell, in this order: the optimizer has state; all gradients are zero, as fastai's optimizers leave
+    them; the Recorder has losses. The last is for plain SGD of torch, which leaves no other sign."""
     opt,params,recorder = learn.opt,parameters(learn.model),vars(learn).get('recorder')
     optimizers = [o for o in (opt, vars(opt).get('opt')) if o is not None]  # an OptimWrapper's state is in `opt.opt`
     states = [o.state[p] for o in optimizers for p in params if p in o.state]

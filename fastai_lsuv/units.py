@@ -86,7 +86,7 @@ class Unit:
         self.written |= self.changed
 
     def claim(self, owners: dict[Any, Unit]) -> None:
-        "Be the owner of the weight and the bias, unless a unit that ran before is. It is called once."
+        "Be the owner of the weight and the bias, unless a unit that ran before is. It is called once a weight."
         self.claimed = True
         if self.left_alone: return
         if not self.weights: self.reason = 'unresponsive'

@@ -88,7 +88,7 @@ class View:
         return View(self.source, self.offset, size, stride, self.copy)
 
     def key(self, dims: Iterable[int] = ()) -> Any:
-        "Identifies the elements, and the dimensions among theirs that `dims` numbers."
+        "Identifies the elements, and which of the dimensions are those in `dims`."
         steps = [(n, s) for n, s in zip(self.size, self.stride) if n > 1]
         named = [s for d in dims if self.size[d] > 1 for s in [self.stride[d]]]
         return id(self.source.param), self.offset, frozenset(steps), frozenset(named)
@@ -136,16 +136,18 @@ def _place(offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> list[
 
 
 def _part(t: Tensor, base: Tensor, copy: Copy) -> View | None:
-    "The elements that `t`, a view of the copy `base`, holds; `None` if the steps between them are not even."
+    """The elements that `t`, a view of the copy `base`, holds; `None` if the steps between them are not even.
+
+    Of `w.half()[2, :, ::2]`, these are the elements of `w[2, :, ::2]`."""
     size,stride,of = base.shape,base.stride(),copy.of
     first = t.storage_offset() - base.storage_offset()
     start,steps = _place(first, size, stride),[]
-    for n, s in zip(t.shape, t.stride()):
+    for n, s in zip(t.shape, t.stride()):  # from one element of `t` to the next, the indices in `base` change by `step`
         step = _place(s, size, stride) if n > 1 else [0]*len(size)
         last = _place(first + s*(n - 1), size, stride)
-        if last != [a + (n - 1)*b for a, b in zip(start, step)]: return None
-        steps.append(sum(b*r for b, r in zip(step, of.stride)))
-    offset = of.offset + sum(a*r for a, r in zip(start, of.stride))
+        if last != [i + (n - 1)*d for i, d in zip(start, step)]: return None
+        steps.append(sum(d*in_source for d, in_source in zip(step, of.stride)))
+    offset = of.offset + sum(i*in_source for i, in_source in zip(start, of.stride))
     return View(of.source, offset, tuple(t.shape), tuple(steps), copy)
 
 
@@ -196,12 +198,12 @@ class ViewRef(WeightRef):
         return [*([self.tensor] if gathered else []), *([self.shard] if self.shard is not None else [])]
 
     @torch.no_grad()
-    def mul(self, by: np.ndarray) -> None: self._change(Tensor.mul_, torch.ones, by)
+    def mul(self, by: np.ndarray) -> None: self._write(Tensor.mul_, torch.ones, by)
 
     @torch.no_grad()
-    def add(self, by: np.ndarray) -> None: self._change(Tensor.add_, torch.zeros, by)
+    def add(self, by: np.ndarray) -> None: self._write(Tensor.add_, torch.zeros, by)
 
-    def _change(self, change: Callable, empty: Callable, by: np.ndarray) -> None:
+    def _write(self, change: Callable, empty: Callable, by: np.ndarray) -> None:
         for t in self._tensors:
             change(local(t), self._for_shard(change, empty, by) if t is self.shard else self._by_channel(by, t))
 

@@ -275,3 +275,33 @@ def test_a_bias_that_does_not_move_the_mean_is_tried_once():
     report = quietly(net, (torch.randn(64, 16) for _ in range(20)), modules=['block', 'head'], batch_tol=0.02)
     assert report['block'].status in ('no bias', 'off') and report.n_passes > 2
     assert len(runs)/report.n_passes < 8  # 10 and more where each pass tries the bias again
+
+
+@pytest.mark.parametrize('shape', [(1,), (16, 1)])
+def test_a_gain_that_two_layers_share_belongs_to_the_first_that_runs(shape):
+    class Standardized(nn.Linear):
+        def __init__(self, gain):
+            super().__init__(16, 16)
+            self.gain = gain
+        def forward(self, x):
+            w = self.weight - self.weight.mean(1, keepdim=True)
+            return F.linear(x, self.gain*w/w.std(1, keepdim=True), self.bias)
+
+    torch.manual_seed(0)
+    gain = nn.Parameter(torch.ones(shape))
+    net = nn.Sequential(Standardized(gain), nn.ReLU(), Standardized(gain), nn.ReLU(), nn.Linear(16, 4))
+    report = quietly(net, [samples(128) for _ in range(12)])
+    assert [r.status for r in report] == ['ok', 'tied', 'ok'] and report.n_passes < 6
+
+
+def test_one_weight_with_two_biases_is_seen_by_channel_in_the_second_pass():
+    "The first call has no bias, and its moments are of the whole. Those of the second call do not mix with them."
+    def forward(self, x): return self.head(F.linear(F.relu(F.linear(x, self.w, self.zeros)), self.w, self.b))
+
+    torch.manual_seed(0)
+    net = Mod(forward, head=nn.Linear(16, 4))
+    net.w,net.b = nn.Parameter(torch.randn(16, 16)/4),nn.Parameter(5 + torch.randn(16)/2)
+    net.register_buffer('zeros', torch.zeros(16))
+    report = quietly(net, samples(256), preinit=None, max_iter=1)
+    # The first call alone is corrected in the first pass.
+    assert report['w'].gain == pytest.approx(0.89, abs=0.05) and report['head'].status == 'ok'
