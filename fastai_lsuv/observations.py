@@ -19,8 +19,8 @@ class Observation:
     "What one pass sees of a unit."
     by_channel: bool  # Whether the moments tell channels apart: biases differ, or each channel is normalized
     shape: tuple[int, ...] = ()  # Shape of the output, in the last call
-    around: Evidence = Evidence()  # What this rank knows beside that output
     moments: list[Moments] = field(default_factory=list)  # Of each call's output, under the weights as they now are
+    around: Evidence = Evidence()  # What this rank knows beside the output, in the last call
 
     @property
     def pooled(self) -> Moments: return pool(self.moments)

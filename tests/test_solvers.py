@@ -302,6 +302,8 @@ def test_one_weight_with_two_biases_is_seen_by_channel_in_the_second_pass():
     net = Mod(forward, head=nn.Linear(16, 4))
     net.w,net.b = nn.Parameter(torch.randn(16, 16)/4),nn.Parameter(5 + torch.randn(16)/2)
     net.register_buffer('zeros', torch.zeros(16))
-    report = quietly(net, samples(256), preinit=None, max_iter=1)
-    # The first call alone is corrected in the first pass.
-    assert report['w'].gain == pytest.approx(0.89, abs=0.05) and report['head'].status == 'ok'
+    x = samples(256)
+    with torch.no_grad(): first = (x @ net.w.T).std().item()
+    report = quietly(net, x, preinit=None, max_iter=1)
+    # The first pass corrects the first call alone. What it changes for the second is left to the second pass.
+    assert report['w'].gain == pytest.approx(1/first, rel=1e-3) and report['head'].status == 'ok'
