@@ -1,8 +1,12 @@
-"""An error of the model itself is raised as it is, with a note: which layer was running, what it was given, what to do.
+"""Where an error or a warning comes from.
 
-Nothing is done while the model runs. Once an error is raised, the frames of its traceback tell."""
+An error of the model itself is raised as it is, with a note (`explained`): which layer was running, what it was given,
+what to do. Nothing is done while the model runs. Once an error is raised, the frames of its traceback tell. A warning
+points at the line that called this package (`warn_caller`)."""
 from __future__ import annotations
 
+import sys
+import warnings
 from contextlib import contextmanager
 from typing import Any, Iterator
 
@@ -12,10 +16,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['explained']
+__all__ = ['explained', 'warn_caller']
 
 _START = 'The error was raised in '
 _MOST_TENSORS = 4
+
+
+def warn_caller(message: str) -> None:
+    "Warn, and point at the line that called this package."
+    level,frame = 1,sys._getframe()
+    while frame is not None and frame.f_globals.get('__name__', '').startswith('fastai_lsuv.'):
+        level,frame = level + 1,frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 @contextmanager

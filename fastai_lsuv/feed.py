@@ -6,8 +6,6 @@ where its samples are alike. Lazy modules get their weights from the first."""
 from __future__ import annotations
 
 import inspect
-import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, Callable
@@ -19,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .blame import warn_caller
 from .passes import arguments, call
 from .ranks import any_rank, in_step
 from .state import Snapshot, memory
@@ -142,15 +141,7 @@ def _check_list(tensors: list[Tensor]) -> None:
         raise ValueError(f"batches: got a list of tensors of several kinds ({held}); it takes a list of mini-batches, "
                          f"all alike; {say}")
     if len(tensors) == 2:
-        warnings.warn(f"batches: a list of 2 tensors is 2 mini-batches; {say}", stacklevel=_level_of_caller())
-
-
-def _level_of_caller() -> int:
-    "The `stacklevel` at which the warning of a function points at the line that called this package."
-    level,frame = 1,sys._getframe(1)
-    while frame is not None and frame.f_globals.get('__name__', '').startswith('fastai_lsuv.'):
-        level,frame = level + 1,frame.f_back
-    return level
+        warn_caller(f"batches: a list of 2 tensors is 2 mini-batches; {say}")
 
 
 def _check_call(

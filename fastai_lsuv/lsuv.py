@@ -3,12 +3,12 @@
 Both draw from a `Feed`, run `Passes`, and give a report. What happens to a model, step by step, is in `Run`."""
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import Any, Callable
 
 from torch import nn
 
+from .blame import warn_caller
 from .discovery import Discovery
 from .feed import Feed
 from .generators import Generators
@@ -80,9 +80,12 @@ def lsuv_init(
     weights and all else are put back. An error of the model is raised as it is, with a note that names the layer.
     With several ranks, call it on every one of them."""
     _check_loss(loss)
-    report = initialize(model, batches, Options.of(locals()), n_inp=n_inp, get_input=get_input, loss=loss, force=force)
-    if report.warning: warnings.warn(report.warning, stacklevel=2)
-    return report
+    return initialize(model, batches, Options.of(locals()), n_inp=n_inp, get_input=get_input, loss=loss, force=force,
+                      tell=_warn)
+
+
+def _warn(report: LSUVReport) -> None:
+    if report.warning: warn_caller(report.warning)
 
 
 def initialize(
@@ -95,13 +98,15 @@ def initialize(
     loss: Callable[[Callable], Any] | None = None,
     force: bool = False,  # All of these as in `lsuv_init`
     keep: Callable[[Unit], bool] | None = None,  # Whether a unit is left alone, as a frozen one is
-    watch: Callable[[int, int], object] | None = None  # Called during a pass as `watch(n_run, n_units)`
+    watch: Callable[[int, int], object] | None = None,  # Called during a pass as `watch(n_run, n_units)`
+    tell: Callable[[LSUVReport], object] = lambda report: None  # Called with the report; if it raises, all is put back
 ) -> LSUVReport:
     "`lsuv_init` without its warning."
     def initialized() -> LSUVReport:
         inner = plain(model)
         reshard(inner)
-        with Feed(inner, batches, n_inp, get_input) as feed: return Run(inner, feed, options, loss, keep, watch)(force)
+        with Feed(inner, batches, n_inp, get_input) as feed:
+            return Run(inner, feed, options, loss, keep, watch)(force, tell)
 
     return in_step(initialized)
 

@@ -64,7 +64,8 @@ class Run:
         self.tries = 0  # Mini-batches that were tried because of doubts
 
     def __call__(self,
-        force: bool = False  # Keep the weights even if the loss comes out far worse
+        force: bool,  # Keep the weights even if the loss comes out far worse
+        tell: Callable[[LSUVReport], object]  # Called with the report, while all can still be put back
     ) -> LSUVReport:
         meet(f"LSUV of {len(self.units)} layers" + (f", first {self.units[0].name!r}" if self.units else ''))
         try:
@@ -72,13 +73,15 @@ class Run:
                 with self._preserved() as kept:
                     in_step(lambda: self._normalize(kept))
                     if self.check.failure and not force: raise _FarWorse
-                try: return in_step(lambda: self._finish(force))
+                try: return in_step(lambda: self._finish(force, tell))
                 except BaseException as e:
                     kept.roll_back(e)
                     raise
         except _FarWorse as e:
             _check_put_back(e, self.check.failure)
-        return self._report(force, undone=self.check.failure)
+        report = self._report(force, undone=self.check.failure)
+        tell(report)
+        return report
 
     def _preserved(self):
         "Keep everything but the units' weights and biases as it was."
@@ -145,9 +148,11 @@ class Run:
         self.n_passes += 1
         return self.passes(self.feed.batch, correct, fresh)
 
-    def _finish(self, force: bool) -> LSUVReport:
+    def _finish(self, force: bool, tell: Callable[[LSUVReport], object]) -> LSUVReport:
         for u in self.units: u.finish()
-        return self._report(force)
+        report = self._report(force)
+        tell(report)
+        return report
 
     def _report(self, force: bool, undone: str = '') -> LSUVReport:
         options,check = self.options,self.check

@@ -1,4 +1,6 @@
 "A run: what it leaves when it is interrupted after its last pass."
+import warnings
+
 import pytest
 import torch
 from fingerprint import fingerprint
@@ -40,3 +42,16 @@ def test_an_error_in_the_report_of_a_far_worse_model_leaves_it_as_it_was(monkeyp
     monkeypatch.setattr(room, 'rows_of', fail)
     with pytest.raises(error): lsuv_init(net, x, loss=lambda model: (model(x), next(losses))[1])
     assert fingerprint(net) == before and next(losses, None) is None
+
+
+def test_a_warning_that_is_an_error_puts_everything_back():
+    net,x = network(),torch.randn(64, 8)
+    net[4].weight.requires_grad_(False).mul_(3)
+    before = fingerprint(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        with pytest.raises(UserWarning, match='LSUV did not normalize 1 of 2 layers'): lsuv_init(net, x)
+    assert fingerprint(net) == before
+    with pytest.warns(UserWarning, match='LSUV did not normalize 1 of 2 layers') as said: lsuv_init(net, x)
+    assert [w.filename for w in said] == [__file__] and fingerprint(net) != before
+
