@@ -1,4 +1,4 @@
-"""Random orthonormal matrices, for about the price of as many normal numbers.
+"""Random orthonormal matrices, for less than the price of as many normal numbers.
 
 `orthonormal` draws one, or a block of it: some rows, some columns. A small matrix is the Q of a QR decomposition of
 normal numbers. Its distribution is Haar's, and its numbers are those of `torch.nn.init.orthogonal_`.
@@ -7,10 +7,14 @@ A large matrix consists of rows of the identity, in random order, that go throug
 orthonormal Fourier transform, then a random sign for each column. It takes `n log n` steps a row, QR takes `n**2`.
 Moments, spectra and correlations agree with Haar's.
 
-A model holds many matrices of the same size. A `Deck` keeps one that was drawn while more of its size are to come.
-They are dealt from it: its rows and columns in a random order, each with a random sign. Haar's distribution stays what
-it is under that, sums and products of such matrices have the spectra of independent ones, and a matrix so dealt costs
-less than as many normal numbers.
+A larger one that is much wider than high is laid with tiles side by side, all made of one such matrix. Each tile has
+its rows in an order of its own. Then each column of the whole gets a random sign, and the columns get a random order,
+some at a time. As the rows of each tile are orthonormal, so are those of the whole. A matrix that is much higher than
+wide is laid in the same way with tiles one below the other. This takes a third of the time that the rounds take.
+
+A model holds many matrices of the same size, and more with tiles of the same size. A `Deck` keeps a tile while more of
+its size are to come. Haar's distribution stays what it is under such orders and signs. Sums and products of matrices
+from one tile have the spectra of independent ones.
 
 Sources: Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform" (2006); Yu et al., "Orthogonal random features"
 (2016), for the three rounds; Anderson and Farrell, "Asymptotically liberating sequences of random unitary matrices"
@@ -37,33 +41,35 @@ _SMALL = 2**20
 # Numbers that go through the rounds together. With fewer, cores wait for each other. More do not fit in the cache.
 _CHUNK = 2**19
 # Numbers in a matrix that a deck keeps, at most.
-_MOST_KEPT = 2**22
+_MOST_KEPT = 2**24
+# Numbers from which on a matrix is laid with tiles, and the most tiles it is laid with.
+_LARGE,_MOST_TILES = 2**19,16
+# Columns that stay together as they are put in order: two lines of the cache hold as many. One by one, they take four
+# times as long.
+_RUN = 32
+
+
+def _tile(rows: int, cols: int) -> tuple[int, int]:
+    "Rows and columns of the tiles that a matrix of this size is laid with: as many of them as may be."
+    few,many = sorted((rows, cols))
+    if rows*cols < _LARGE: return rows, cols
+    n = next(n for n in range(min(many//few, _MOST_TILES), 0, -1) if many % n == 0)
+    return (rows, cols//n) if rows <= cols else (rows//n, cols)
 
 
 class Deck:
-    "Matrices that were drawn, of each size that is to come again."
+    "Tiles that were drawn, of each size that is to come again."
     def __init__(self, sizes: Iterable[tuple[int, int]]):
-        self.to_come = Counter(sizes)
+        self.to_come = Counter(_tile(*size) for size in sizes)
         self.kept: dict[tuple, Tensor] = {}
 
-    def deal(self, q: Tensor, size: tuple[int, int], start: int, left: int) -> bool:
-        "Fill `q` with a block of a matrix of this size, if one is kept. Returns whether it is."
+    def tile(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        "A tile of this size, if one is kept or is to be kept from now on."
         self.to_come[size] -= 1
-        kept = self.kept.get((*size, q.dtype, q.device))
-        if kept is None: return False
-        if self.to_come[size] <= 0: del self.kept[*size, q.dtype, q.device]
-        down,across = (torch.randperm(n, device=q.device) for n in size)
-        signs = torch.randint(2, (sum(size),), dtype=q.dtype, device=q.device).mul_(2).sub_(1)
-        of_rows,of_cols = slice(start, start + len(q)),slice(left, left + q.shape[1])
-        torch.gather(kept.index_select(0, down[of_rows]), 1, across[of_cols].expand(q.shape), out=q)
-        q.mul_(signs[size[0]:][of_cols]).mul_(signs[of_rows, None])
-        return True
-
-    def keeps(self, rows: int, cols: int) -> bool:
-        "Whether to keep a matrix of this size."
-        return self.to_come[rows, cols] > 0 and rows*cols <= _MOST_KEPT
-
-    def keep(self, q: Tensor) -> None: self.kept[*q.shape, q.dtype, q.device] = q
+        again,key = self.to_come[size] > 0,(*size, dtype, device)
+        if again and key not in self.kept and math.prod(size) <= _MOST_KEPT:
+            self.kept[key] = orthonormal(*size, dtype=dtype, device=device)
+        return self.kept.get(key) if again else self.kept.pop(key, None)
 
 
 def orthonormal(
@@ -78,27 +84,26 @@ def orthonormal(
     dtype: torch.dtype = torch.float32,  # Of the result; the computation is in float32 at least
     device: torch.device | str | None = None,  # Where to draw and to compute; `None`: torch's default device
     out: Tensor | None = None,  # (stop - start, right - left): gets the result; in place of `dtype` and `device`
-    deck: Deck | None = None  # What matrices of a size that was drawn before are dealt from
+    deck: Deck | None = None  # Keeps tiles of a size that is to come again
 ) -> Tensor:  # (stop - start, right - left)
     """Rows `start:stop` and columns `left:right` of a random matrix whose rows are orthonormal, or whose columns are if
     they are fewer.
 
     The numbers come from torch's default generator of the device. The same seed gives the same matrix, whatever the
     block, and any block leaves the generator in the same state. A block of a large matrix is computed without the rest.
-    Of a wide matrix, a block takes the share of the time that its rows are; of a tall one, that its columns are."""
+    Its tiles need one whole tile."""
     stop,right = rows if stop is None else stop, cols if right is None else right
     if not 0 <= start <= stop <= rows: raise ValueError(f'rows {start}:{stop} are not a slice of {rows} rows')
     if rows % groups: raise ValueError(f'{rows} rows do not make {groups} groups')
     if not 0 <= left <= right <= cols: raise ValueError(f'columns {left}:{right} are not a slice of {cols} columns')
     q = torch.empty(stop - start, right - left, dtype=dtype, device=device) if out is None else out
-    if deck is not None and groups == 1:
-        if deck.deal(q, (rows, cols), start, left): return q
-        if deck.keeps(rows, cols):
-            whole = orthonormal(rows, cols, dtype=q.dtype, device=q.device)
-            deck.keep(whole)
-            return q.copy_(whole[start:stop, left:right])
     full,each = torch.promote_types(q.dtype, torch.float32),rows//groups
     few,many = sorted((each, cols))
+    if groups == 1:
+        size = _tile(rows, cols)
+        tile = deck.tile(size, full, q.device) if deck is not None else None
+        if tile is None and size != (rows, cols): tile = orthonormal(*size, dtype=full, device=q.device)
+        if tile is not None: return (_lay_wide if rows <= cols else _lay_tall)(q, tile, rows, cols, start, left)
     if few*few*many <= _SMALL or not _has_fft(full, q.device):
         return q.copy_(_by_qr(groups, each, cols, full, q.device)[start:stop, left:right])
     for first in range(0, rows, each):
@@ -106,6 +111,40 @@ def orthonormal(
         lo,hi = (min(max(row, first), first + each) for row in (start, stop))
         if lo < hi: fourier.fill(q[lo - start:hi - start], lo - first, left, each <= cols)
     return q
+
+
+def _lay_wide(q: Tensor, tile: Tensor, rows: int, cols: int, start: int, left: int) -> Tensor:
+    "Fill `q` with a block of a matrix of tiles side by side, whose runs of columns are then put in a random order."
+    n,run = cols//tile.shape[1],math.gcd(tile.shape[1], _RUN)
+    each = tile.shape[1]//run  # Runs in a row of a tile
+    down = torch.stack([torch.randperm(rows, device=q.device) for _ in range(n)])*each
+    order = torch.randperm(n*each, device=q.device)
+    of,across,signs = order//each,order % each,_signs(tile, n, cols)[left:left + q.shape[1]]
+    for i in range(0, len(q), step := max(1, _CHUNK//cols)):
+        at = down[:, start + i:start + min(i + step, len(q))].index_select(0, of).T + across
+        part = tile.view(-1, run).index_select(0, at.reshape(-1)).view(-1, cols)
+        torch.mul(part[:, left:left + q.shape[1]], signs, out=q[i:i + step])
+    return q
+
+
+def _lay_tall(q: Tensor, tile: Tensor, rows: int, cols: int, start: int, left: int) -> Tensor:
+    "Fill `q` with a block of a matrix of tiles one below the other, whose rows are then put in a random order."
+    n,run = rows//len(tile),math.gcd(cols, _RUN)
+    each = cols//run  # Runs in a row
+    order = torch.randperm(rows, device=q.device)
+    across = torch.stack([torch.randperm(each, device=q.device) for _ in range(n)])
+    of,down,signs = order//len(tile),order % len(tile)*each,_signs(tile, n, n, cols)[:, left:left + q.shape[1]]
+    for i in range(0, len(q), step := max(1, _CHUNK//cols)):
+        some = slice(start + i, start + min(i + step, len(q)))
+        at = down[some, None] + across.index_select(0, of[some])
+        part = tile.view(-1, run).index_select(0, at.view(-1)).view(-1, cols)
+        torch.mul(part[:, left:left + q.shape[1]], signs.index_select(0, of[some]), out=q[i:i + step])
+    return q
+
+
+def _signs(tile: Tensor, n: int, *size: int) -> Tensor:
+    "Random signs, that make `n` tiles an orthonormal matrix."
+    return torch.randint(2, size, dtype=tile.dtype, device=tile.device).sub_(0.5).mul_(2/math.sqrt(n))
 
 
 def _has_fft(dtype: torch.dtype, device: torch.device) -> bool:

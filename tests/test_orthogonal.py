@@ -1,4 +1,6 @@
 "Random orthonormal matrices: exact, sliceable, and like Haar's."
+import math
+
 import pytest
 import torch
 from scipy.stats import ks_2samp, kstest
@@ -11,6 +13,7 @@ from fastai_lsuv.preinit import orthogonal_
 
 SMALL = [(1, 1), (2, 2), (1, 9), (9, 1), (64, 27), (31, 31), (64, 64), (10, 4096)]  # By QR
 LARGE = [(128, 128), (127, 127), (256, 256), (64, 576), (576, 64), (2048, 512), (101, 1009)]  # By Fourier transforms
+TILED = [(512, 1024), (1024, 512), (256, 2304), (64, 8192)]  # From tiles of 512x512, 256x256 and 64x512
 
 
 def seeded(*args, seed=0, **kwargs):
@@ -33,7 +36,7 @@ def error(q):
 
 # --- exact
 
-@pytest.mark.parametrize('rows,cols', SMALL + LARGE)
+@pytest.mark.parametrize('rows,cols', SMALL + LARGE + TILED)
 def test_rows_or_columns_are_orthonormal(rows, cols):
     q = seeded(rows, cols)
     assert q.shape == (rows, cols) and q.dtype == torch.float32 and error(q) < 2e-6
@@ -65,7 +68,7 @@ def test_half_precision_is_rounded_at_the_end(dtype, shape):
 
 # --- slices, groups, chunks
 
-@pytest.mark.parametrize('rows,cols,groups', [(9, 5, 1), (12, 30, 3), *((*s, 1) for s in LARGE), (384, 128, 3)])
+@pytest.mark.parametrize('rows,cols,groups', [(9, 5, 1), (12, 30, 3), *((*s, 1) for s in LARGE + TILED), (384, 128, 3)])
 def test_slices_put_together_are_the_whole(rows, cols, groups):
     whole,after = seeded(rows, cols, groups=groups),torch.rand(3)
     cuts = 0,1,rows//3,rows//2 + 1,rows
@@ -78,7 +81,7 @@ def test_slices_put_together_are_the_whole(rows, cols, groups):
     assert not torch.allclose(orthonormal(rows, cols, groups=groups), whole)
 
 
-@pytest.mark.parametrize('rows,cols,groups', [(9, 5, 1), (12, 30, 3), *((*s, 1) for s in LARGE), (384, 128, 3)])
+@pytest.mark.parametrize('rows,cols,groups', [(9, 5, 1), (12, 30, 3), *((*s, 1) for s in LARGE + TILED), (384, 128, 3)])
 def test_a_block_is_cut_out_of_the_whole(rows, cols, groups):
     whole,after = seeded(rows, cols, groups=groups),torch.rand(3)
     start,stop,left,right = rows//4,rows//2 + 1,cols//3,cols - 1
@@ -111,9 +114,11 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('rows,cols,stop', [(4096, 4096, 8), (4096, 1024, 8), (1024, 4096, None)])
-def test_memory_is_a_chunk_besides_the_result(rows, cols, stop):
+def test_memory_is_a_chunk_or_a_tile_besides_the_result(rows, cols, stop):
     with Largest() as largest: q = orthonormal(rows, cols, stop=stop)
-    assert largest.numbers <= max(q.numel(), 1.1*orthogonal._CHUNK) < rows*cols + (stop is None)
+    tile = orthogonal._tile(rows, cols)
+    tiles = math.prod(tile) if tile != (rows, cols) else 0
+    assert largest.numbers <= max(q.numel(), tiles, 1.1*orthogonal._CHUNK) < rows*cols + (stop is None)
 
 
 @pytest.mark.parametrize('rows,cols', [(128, 200), (200, 128)])
@@ -163,7 +168,7 @@ def test_layers_get_them(layer):
 
 # --- like Haar's
 
-STATISTICS = [(128, 128), (127, 127), (64, 576), (512, 512), (512, 128), (101, 1009), (64, 4096)]
+STATISTICS = [(128, 128), (127, 127), (64, 576), (512, 512), (512, 128), (101, 1009), (64, 4096), *TILED]
 
 
 def normalized(draw, rows, cols, count=4):
@@ -205,10 +210,11 @@ def test_squares_of_rows_are_as_unlike_as_haars(rows, cols):
 
 @pytest.mark.parametrize('rows,cols', STATISTICS)
 def test_squares_in_a_column_are_uncorrelated(rows, cols):
-    "Haar's have a correlation of -2/n**2, nearly, with a deviation of n**-.5."
+    "Haar's have a correlation of -1/n, with a deviation of n**-.5. In tiles of length k, it is -1/k."
+    n,k = (max(size) for size in [(rows, cols), orthogonal._tile(rows, cols)])
     c = torch.stack([torch.corrcoef(m) for m in normalized(seeded, rows, cols)[:, :64].square()])
-    c = c[c < .999]*max(rows, cols)**.5
-    assert abs(c.mean()) < .1 and c.std().item() == pytest.approx(1, abs=.07)
+    c = c[c < .999]
+    assert abs(c.mean() + 1/k) < .07*n**-.5 and (c*n**.5).std().item() == pytest.approx(1, abs=.07)
 
 
 @pytest.mark.parametrize('rows,cols', STATISTICS)
@@ -257,7 +263,7 @@ def dealt(rows, cols, n, **kwargs):
     return [orthonormal(rows, cols, deck=deck, **kwargs) for _ in range(n + 1)], deck
 
 
-@pytest.mark.parametrize('rows, cols', [(1, 1), (3, 3), (32, 48), (48, 32), *LARGE])
+@pytest.mark.parametrize('rows, cols', [(1, 1), (3, 3), (32, 48), (48, 32), *LARGE, *TILED])
 def test_a_dealt_matrix_is_orthonormal(rows, cols):
     (first, *others), deck = dealt(rows, cols, 3)
     for q in others:
@@ -299,10 +305,57 @@ def test_dealt_matrices_are_as_free_of_each_other_as_independent_ones():
     assert not torch.allclose(spectra(same)[0], torch.stack([h[0] for h in haar]).mean(0), atol=0.05)
 
 
+def test_matrices_of_the_same_tiles_are_as_free_of_each_other_as_independent_ones(monkeypatch):
+    "The spectra of sums, and of products of wide and tall ones with masks between them, are Haar's."
+    n,many,levels = 128,384,torch.tensor([.25, .5, .75, .95])
+    monkeypatch.setattr(orthogonal, '_LARGE', n*many)
+
+    def spectra(draw):
+        p,mask = torch.eye(n),(torch.arange(many) % 4 > 0)[:, None]
+        for _ in range(3): p = draw(n, many) @ (mask*(draw(many, n) @ p))
+        pairs = draw(n, many) + draw(n, many), draw(many, n) + draw(many, n), p
+        return torch.stack([torch.quantile(torch.linalg.svdvals(m), levels) for m in pairs])
+
+    def laid(sizes=[(n, many), (many, n)]*5):
+        deck = Deck(sizes)
+        found = spectra(lambda *size: orthonormal(*size, deck=deck))
+        assert not deck.kept
+        return found
+
+    torch.manual_seed(0)
+    haar = torch.stack([spectra(lambda *size: nn.init.orthogonal_(torch.empty(size))) for _ in range(6)]).mean(0)
+    assert torch.allclose(torch.stack([laid() for _ in range(6)]).mean(0), haar, atol=.05)
+
+
+@pytest.mark.parametrize('rows, cols', TILED)
+def test_no_tile_shows(rows, cols):
+    "Half of a matrix, and a tile's worth of it, have the singular values of Haar's. No two rows are alike."
+    k = max(orthogonal._tile(rows, cols))
+
+    def values(draw, part):
+        m = draw(rows, cols)
+        return torch.linalg.svdvals(m[:, :part] if rows <= cols else m[:part])
+
+    for part in k, max(rows, cols)//2:
+        torch.testing.assert_close(values(seeded, part), values(by_torch, part), atol=.1, rtol=0)
+    q = seeded(rows, cols)
+    q = q/torch.linalg.vector_norm(q, dim=1, keepdim=True)
+    assert (q @ q.T - torch.eye(rows)).abs().max() < 6.5/cols**.5
+
+
 def test_a_deck_keeps_what_comes_again_and_is_not_too_large(monkeypatch):
     deck = Deck([(8, 8), (8, 8), (4, 8), (64, 64), (64, 64)])
     monkeypatch.setattr('fastai_lsuv.orthogonal._MOST_KEPT', 64)
     for shape in [(8, 8), (4, 8), (64, 64), (5, 5)]: orthonormal(*shape, deck=deck)
     assert [tuple(k[:2]) for k in deck.kept] == [(8, 8)]
     orthonormal(8, 8, deck=deck)
+    assert not deck.kept
+
+
+def test_a_deck_keeps_one_tile_for_matrices_of_several_sizes():
+    deck = Deck([(512, 1024), (1024, 512), (512, 1536), (512, 768)])
+    for shape in [(512, 1024), (512, 768), (1024, 512)]:
+        orthonormal(*shape, deck=deck)
+        assert [tuple(k[:2]) for k in deck.kept] == [(512, 512)]
+    orthonormal(512, 1536, deck=deck)
     assert not deck.kept
