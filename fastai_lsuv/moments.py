@@ -7,6 +7,7 @@ one of them carries it. `pool` joins the moments of several calls, mini-batches 
 Numbers on the host are numpy's: an operation on a few numbers costs a fifth of torch's, and a pass makes thousands."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Sequence
@@ -106,12 +107,14 @@ def _measurable(x: Tensor) -> Tensor:
     if x.numel() == 0:
         raise ValueError(f"batches: an activation of shape {tuple(x.shape)} is empty; pass mini-batches with samples "
                          "in them")
-    return x.detach().as_subclass(Tensor)
+    x = x.detach()
+    return x if type(x) is Tensor else x.as_subclass(Tensor)
 
 
 def _sample(x: Tensor) -> int:
     "Elements of a sample that lie side by side in memory; all there are, if samples do not."
-    return x.numel()//len(x) if x.dim() and x.stride(0) == max(x.stride()) else x.numel()
+    apart = x.dim() and (x.is_contiguous() or x.stride(0) == max(x.stride()))
+    return x.numel()//x.shape[0] if apart else x.numel()
 
 
 @lru_cache
@@ -129,15 +132,14 @@ def _row(
 
 def _norms(f: Tensor, row: int, acc: torch.dtype) -> Tensor:
     "Roots of the sums of squares of rows of `f` (n,)."
-    whole = f.numel()//row*row
-    q = torch.linalg.vector_norm(f[:whole].view(-1, row), dim=1, dtype=acc)
-    if whole == f.numel(): return q
-    return torch.cat([q, torch.linalg.vector_norm(f[whole:], dtype=acc)[None]])
+    rest = f.numel() % row
+    if rest: return torch.cat([_norms(f[:-rest], row, acc), _norms(f[-rest:], rest, acc)])
+    return torch.linalg.vector_norm(f.view(-1, row), dim=1, dtype=acc)
 
 
 def _on_host(parts: list[Tensor]) -> list[np.ndarray]:
     "Tensors as flat arrays in float64, with one transfer."
-    if parts[0].device.type == 'cpu': return [p.numpy().astype(np.float64).ravel() for p in parts]
+    if parts[0].is_cpu: return [p.numpy().astype(np.float64).ravel() for p in parts]
     numbers = torch.cat([p.flatten() for p in parts]).cpu().numpy().astype(np.float64)
     return np.split(numbers, np.cumsum([p.numel() for p in parts])[:-1])
 
@@ -150,7 +152,7 @@ def _evidence(
     var: float  # Of all elements
 ) -> Evidence:
     "What the moments of `x` rest on."
-    n,size = len(x) if x.dim() else 1, _sample(x)
+    n,size = x.shape[0] if x.dim() else 1, _sample(x)
     if n == 1 or size == x.numel(): return Evidence(n)
     if mean*mean > _MATTERS*var:  # the squares are to be those about the mean
         acc = torch.promote_types(x.dtype, torch.float32)
@@ -158,8 +160,8 @@ def _evidence(
     if size % row == 0: squares = squares.reshape(n, -1).sum(1)
     elif row < size:  # a row may hold the end of one sample and the start of the next
         squares = np.bincount(np.arange(len(squares))*row//size, weights=squares, minlength=n)
-    total = squares.sum()
-    return Evidence(n, float(squares.max()/total) if total > 0 else 0.)
+    total = float(squares.sum())
+    return Evidence(n, float(squares.max())/total if total > 0 else 0.)
 
 
 def whole_moments(
@@ -174,18 +176,18 @@ def whole_moments(
     acc = torch.float64 if f.dtype == torch.float64 else torch.float32
 
     def take(f):
-        total,norms = _on_host([f.sum(dtype=acc), _norms(f, row, acc)])
-        mean,squares = total[0]/n,norms*norms
-        return mean, squares.sum()/n - mean*mean, squares
+        total,norms = f.sum(dtype=acc),_norms(f, row, acc)
+        if not f.is_cpu: total,norms = torch.cat([total[None], norms]).cpu().tensor_split([1])  # one transfer
+        norms = norms.numpy().astype(np.float64)
+        mean,squares = total.item()/n,norms*norms
+        return mean, float(squares.sum())/n - mean*mean, squares
 
-    with np.errstate(all='ignore'):
+    with np.errstate(over='ignore') if acc == torch.float64 else nullcontext():
         mean,var,squares = take(f)
-        if mean*mean > _CENTRE_ABOVE*var:
-            centre = torch.tensor(mean, dtype=acc).item()
-            rest,var,squares = take(f.to(acc) - centre)
-            mean = centre + rest
-            return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, rest, var))
-        return Moments(n, mean, np.maximum(var, 0.), _evidence(x, squares, row, mean, var))
+        centre = torch.tensor(mean, dtype=acc).item() if mean*mean > _CENTRE_ABOVE*var else 0.
+        if centre: mean,var,squares = take(f.to(acc) - centre)
+        evidence = _evidence(x, squares, row, mean, var)
+    return Moments(n, np.float64(centre + mean), np.float64(max(var, 0.)), evidence)
 
 
 def _channel_sums(x: Tensor, dim: int, acc: torch.dtype) -> Tensor:
