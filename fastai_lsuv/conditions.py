@@ -51,12 +51,15 @@ class NormWatch:
         dtype: torch.dtype  # Type of the layer's input
     ) -> None:
         self.normed = True
+        noise = (_ROUNDINGS*torch.finfo(dtype).eps)**2  # Variance that rounding makes, as a share of the squared mean
+        least = eps*ALIKE_SPREAD/(1 - ALIKE_SPREAD)  # With more variance than this, eps leaves enough of a group
+        if var.numel() and (var - noise*mean**2).amin() > least: return
         mean,var = torch.stack([mean.flatten(), var.flatten()]).cpu().double().numpy()
         square = mean**2
         live = (square > 0) | (var > 0)  # a group of zeros was fed zeros
         if not live.any(): return
         mean,var,square = mean[live],var[live],square[live]
-        real = np.where(var > (_ROUNDINGS*torch.finfo(dtype).eps)**2*square, var, 0.)
+        real = np.where(var > noise*square, var, 0.)
         spread = float(np.mean(real/np.maximum(var + eps, np.finfo(float).tiny)))
         alike = real.sum() < ALIKE_SHARE*(real + square).sum()
         if alike and spread < ALIKE_SPREAD: self.spread = min(self.spread, spread)

@@ -4,6 +4,8 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import Mod
 from torch import nn
 
@@ -24,6 +26,23 @@ def spread_of(model, x):
 def copies(n, *shape, noise=0.):
     "Copies of one sample, each number off by a share of itself."
     return torch.randn(1, *shape)*(1 + noise*torch.randn(n, *shape))
+
+
+magnitudes = st.floats(-9, 3).map(lambda e: 10**e) | st.just(0.)
+
+
+@given(st.lists(st.tuples(magnitudes, magnitudes), max_size=6), st.sampled_from([0., 1e-5, 1e-3]),
+       st.sampled_from([torch.float32, torch.float16]))
+def test_the_spread_is_the_share_that_eps_leaves_where_samples_are_alike(groups, eps, dtype):
+    "By its definition: groups that vary enough are not looked at one by one, and this must not show."
+    mean,var = torch.tensor([m for m, _ in groups]),torch.tensor([v for _, v in groups])
+    noise = (4*torch.finfo(dtype).eps)**2
+    live = [(m, v if v > noise*m**2 else 0.) for m, v in zip(mean.tolist(), var.tolist()) if m or v]
+    spread = sum(v/(v + eps) if v else 0. for _, v in live)/max(len(live), 1)
+    alike = live and sum(v for _, v in live) < .01*sum(v + m**2 for m, v in live)
+    watch = NormWatch()
+    watch.see(mean, var, eps, dtype)
+    assert watch.normed and watch.spread == pytest.approx(spread if alike and spread < .1 else 1., rel=1e-4)
 
 
 @pytest.mark.parametrize('x', [
