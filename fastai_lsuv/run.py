@@ -55,8 +55,9 @@ class Run:
 
         self.model,self.feed,self.options,self.watch = model,feed,options,watch
         self.check = LossCheck(model, loss)
-        loose = loose_parameters(model)
-        self.units = find_units(model, options.modules, loose)
+        named = list(model.named_modules())
+        loose = loose_parameters(model, named)
+        self.units = find_units(model, options.modules, loose, named)
         for u in self.units: prepare(u)
         self.discovery = Discovery(outside_of(self.units, loose), wanted(model, options.modules, self.units), prepare)
         self.before: dict[Unit, MeanStd] = {}

@@ -14,10 +14,12 @@ from torch.nn.parameter import is_lazy
 from .text import some_names
 from .units import Unit
 from .views import Source
-from .weights import is_layer, made_of
+from .weights import layer_types, made_of
 
 __all__ = ['select_modules', 'measurable', 'find_units', 'loose_parameters', 'outside_of', 'wanted', 'is_named',
            'names_in', 'names_module', 'RECURRENT']
+
+Named = Sequence[tuple[str, nn.Module]]  # As `named_modules()` gives them
 
 RECURRENT = nn.RNNBase, nn.RNNCellBase  # They apply their weights out of sight
 _TAKES = "it takes types, a function of a module, names or globs as in `named_modules()`, modules, or a list of these"
@@ -26,14 +28,16 @@ _TAKES = "it takes types, a function of a module, names or globs as in `named_mo
 def select_modules(
     model: nn.Module,
     modules: Any = None,  # Types, a function of a module, names or globs, modules, or a list; `None`: every layer
-    loose: Sequence[Source] = ()  # Parameters that an entry may name, or a module may hold, in place of layers
+    loose: Sequence[Source] = (),  # Parameters that an entry may name, or a module may hold, in place of layers
+    named: Named | None = None  # The modules of `model`, where they are listed already
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
-    named = list(model.named_modules())
+    named = named or list(model.named_modules())
     # An attention applies its inner layers itself, without calling them. One that is selected stands for the attention.
     inside = {id(c): id(m) for _, m in named if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
     if modules is None:
-        picked = [(n, m) for n, m in named if is_layer(m) and id(m) not in inside]
+        layers = layer_types()
+        picked = [(n, m) for n, m in named if isinstance(m, layers) and id(m) not in inside]
         if picked or any(h.param.dim() > 1 for h in loose): return picked
         raise ValueError(f"model: {type(model).__name__} has no conv, linear or attention layer; name what to measure "
                          "with `modules`")
@@ -60,13 +64,16 @@ def _no_match(entry: Any, model: nn.Module, loose: Sequence[Source]) -> str:
     return f"modules: {problem}; {_TAKES}. Names here: {names}{more}"
 
 
-def loose_parameters(model: nn.Module) -> list[Source]:
+def loose_parameters(
+    model: nn.Module,
+    named: Named | None = None  # As in `select_modules`
+) -> list[Source]:
     "The parameters that no layer of `model` is made of. An operation may take them as its weight or its bias."
-    taken = {id(p) for m in model.modules() if is_layer(m) for p in made_of(m)}
-    modules = [(n, m) for n, m in model.named_modules() if not isinstance(m, RECURRENT)]
-    named = ((n, m, k, p) for n, m in modules for k, p in m._parameters.items() if p is not None)
-    return [Source(f'{n}.{k}' if n else k, m, k, p) for n, m, k, p in named
-            if id(p) not in taken and not is_lazy(p) and p.is_floating_point()]
+    named,layers = named or list(model.named_modules()),layer_types()
+    taken = {id(p) for _, m in named if isinstance(m, layers) for p in made_of(m)}
+    others = ((n, m, k, p) for n, m in named for k, p in m._parameters.items() if p is not None and id(p) not in taken)
+    return [Source(f'{n}.{k}' if n else k, m, k, p) for n, m, k, p in others
+            if not isinstance(m, RECURRENT) and not is_lazy(p) and p.is_floating_point()]
 
 
 def _entries(modules: Any) -> list:
@@ -74,8 +81,8 @@ def _entries(modules: Any) -> list:
 
 
 def outside_of(units: Iterable[Unit], loose: Iterable[Source]) -> list[Source]:
-    "The loose parameters that no unit is made of."
-    taken = {id(p) for u in units if u.layer is not None for p in made_of(u.layer)}
+    "The loose parameters that no unit is made of. An affine unit is a layer, and not made of any."
+    taken = {id(p) for u in units if u.layer is not None and not u.affine for p in made_of(u.layer)}
     return [s for s in loose if id(s.param) not in taken]
 
 
@@ -143,26 +150,29 @@ def _refuse_compiled(named: Iterable[tuple[str, nn.Module]]) -> None:
 
 def measurable(
     model: nn.Module,
-    modules: Any = None,  # As in `select_modules`
-    loose: Sequence[Source] = ()  # As in `select_modules`
+    modules: Any = None,
+    loose: Sequence[Source] = (),
+    named: Named | None = None  # These as in `select_modules`
 ) -> list[Unit]:
     "The selected modules as units, in order of registration. Raises `TypeError` for complex or `torch.jit` layers."
-    if modules is None: _refuse_compiled(model.named_modules())
-    selected = select_modules(model, modules, loose)
+    named = named or list(model.named_modules())
+    if modules is None: _refuse_compiled(named)
+    selected = select_modules(model, modules, loose, named)
     _refuse_compiled(selected)
     units = [Unit(n, m) for n, m in selected]
     for u in units:
         for r in u.refs:
-            if r.tensor is not None and r.tensor.is_complex():
-                raise TypeError(f"model: {u.name!r} has a {r.tensor.dtype} {r.name}; LSUV normalizes real layers: "
+            if (t := r.tensor) is not None and t.is_complex():
+                raise TypeError(f"model: {u.name!r} has a {t.dtype} {r.name}; LSUV normalizes real layers: "
                                 "leave it out with `modules`")
     return units
 
 
 def find_units(
     model: nn.Module,
-    modules: Any = None,  # As in `select_modules`
-    loose: Sequence[Source] = ()  # As in `select_modules`
+    modules: Any = None,
+    loose: Sequence[Source] = (),
+    named: Named | None = None  # These as in `select_modules`
 ) -> list[Unit]:
     """The units of `model`, in order of registration, each with what it owns or why it is left alone.
 
@@ -170,20 +180,23 @@ def find_units(
 
     Raises `ValueError` if a selected module holds no layer to scale, or two selected modules would scale the same one,
     and `TypeError` as `measurable` does."""
-    units,holders = measurable(model, modules, loose),{id(h.module) for h in loose if h.param.dim() > 1}
+    named = named or list(model.named_modules())
+    units,holders = measurable(model, modules, loose, named),{id(h.module) for h in loose if h.param.dim() > 1}
     units = [u for u in units if u.layer is not None or holders.isdisjoint(map(id, u.module.modules()))]
+    of_layer: dict[int, list[Unit]] = {}
+    for u in units: of_layer.setdefault(id(u.layer), []).append(u)
     for u in units:
         if u.layer is None:
             raise ValueError(f"modules: {u.name!r} ({u.kind}) has no conv, linear or attention layer and no "
                              "`weight` to scale; leave it out")
-        rivals = (o for o in units if o is not u and o.layer is u.layer)
+        rivals = (o for o in of_layer[id(u.layer)] if o is not u)
         inner = next((o for o in rivals if o.module in set(u.module.modules())), None)
         if inner is not None:
             raise ValueError(f"modules: {u.name!r} and {inner.name!r} inside it are both selected, and both would "
                              "scale the same layer; select one of them")
     # A module that is not a unit may hold the weight too (an embedding tied to a decoder), and use it in another way.
     layers = {id(u.layer) for u in units} | {id(u.module) for u in units}
-    others = (m for m in model.modules() if id(m) not in layers)
+    others = (m for _, m in named if id(m) not in layers)
     elsewhere = {id(p) for m in others for p in m._parameters.values() if p is not None}
     for u in units:
         shared = any(id(w.value) in elsewhere for w in u.weights if w.owner is u.layer)

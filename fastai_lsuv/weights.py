@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from .sharded import is_sharded, local, numbers_for, whole
 
-__all__ = ['Kind', 'KINDS', 'is_layer', 'WeightRef', 'Parts', 'parts_of', 'made_of']
+__all__ = ['Kind', 'KINDS', 'is_layer', 'layer_types', 'WeightRef', 'Parts', 'parts_of', 'made_of']
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,19 @@ KINDS = [
 
 def _kind_of(module: nn.Module) -> Kind | None:
     "The entry of `KINDS` that `module` is an instance of."
-    return next((k for k in KINDS if isinstance(module, k.loaded)), None)
+    for k in KINDS:
+        if isinstance(module, k.loaded): return k
+    return None
+
+
+def layer_types() -> tuple:
+    "The classes that are normalized unless `modules` says otherwise: conv, linear and attention layers."
+    return (_ConvNd, nn.MultiheadAttention, *(k.loaded for k in KINDS))
 
 
 def is_layer(module: nn.Module) -> bool:
-    "Whether `module` is normalized unless `modules` says otherwise: conv, linear and attention layers."
-    return isinstance(module, (_ConvNd, nn.MultiheadAttention)) or _kind_of(module) is not None
+    "Whether `module` is of one of `layer_types`."
+    return isinstance(module, layer_types())
 
 
 def _is_affine(module: nn.Module) -> bool:
@@ -61,7 +68,8 @@ def _is_affine(module: nn.Module) -> bool:
         return type(module).forward is nn.MultiheadAttention.forward and _is_affine(module.out_proj)
     kind = _kind_of(module)
     if kind is None or 'weight' not in module._parameters or 'forward' in vars(module): return False
-    return all(getattr(type(module), f, None) is getattr(kind.loaded, f, None) for f in kind.forwards)
+    own,known = type(module),kind.loaded
+    return own is known or all(getattr(own, f, None) is getattr(known, f, None) for f in kind.forwards)
 
 
 class WeightRef:
@@ -77,8 +85,7 @@ class WeightRef:
     ):
         self.owner,self.name,self.out_dim,self.groups = owner,name,out_dim,groups
         is_tensor = name in owner._parameters or name in owner._buffers
-        has_property = getattr(getattr(type(owner), name, None), 'fset', None) is not None
-        self.has_setter = not is_tensor and (has_property or name in vars(owner))
+        self.has_setter = not is_tensor and (_has_property(owner, name) or name in vars(owner))
         # What stays between forwards: during one, `fully_shard` puts a gathered copy in its place.
         self.shard = v if not self.has_setter and is_sharded(v := self.value) else None
 
@@ -151,6 +158,11 @@ class WeightRef:
         return x.to(v.device, v.dtype) if self.has_setter else x
 
 
+def _has_property(owner: nn.Module, name: str) -> bool:
+    "Whether the class of a module has a property of this name that can be set."
+    return getattr(getattr(type(owner), name, None), 'fset', None) is not None
+
+
 def _for(t: Tensor, to: Tensor | float) -> Tensor | float:
     "One number, or those for what this rank holds of `t`."
     return numbers_for(t, to).to(t.device, t.dtype) if isinstance(to, Tensor) else to
@@ -200,10 +212,10 @@ def _weights_of(layer: nn.Module) -> list[WeightRef]:
 
 def made_of(layer: nn.Module) -> list[nn.Parameter]:
     "The parameters that a layer's output is made with: weight and bias, what they are computed from, and gains."
-    named = {n: p for n, p in layer._parameters.items() if p is not None and not is_lazy(p)}
+    held = [p for n, p in layer._parameters.items() if n in _MADE_OF and p is not None and not is_lazy(p)]
     computed = list(layer.parametrizations.parameters()) if parametrize.is_parametrized(layer) else []
     if not _is_affine(layer): computed += [r.value for r in _weights_of(layer) if isinstance(r.value, nn.Parameter)]
-    return [p for n, p in named.items() if n in _MADE_OF] + computed
+    return held + computed
 
 
 @dataclass
