@@ -29,10 +29,11 @@ class Coverage:
         discovery: Discovery,
         selected: bool  # Whether `modules` selects some units, and not all
     ):
-        named = [(n, p) for n, p in model.named_parameters() if not is_lazy(p)]
-        self.names = {id(p): n for n, p in named}
+        named = [(f'{n}.{k}' if n else k, m, p) for n, m in model.named_modules() for k, p in m._parameters.items()
+                 if p is not None and not is_lazy(p)]
+        self.names = {id(p): n for n, _, p in reversed(named)}  # a tied parameter goes by its first name
         self.of_unit = {u: _parameters(u) for u in units}
-        matrices = [(n, p) for n, p in named if p.dim() > 1]
+        matrices = [(n, p) for n, _, p in named if p.dim() > 1 and self.names[id(p)] == n]
         spoken_for: dict[int, int] = {}  # Elements of each parameter
         for u, params in self.of_unit.items():
             for p in params:
@@ -40,7 +41,7 @@ class Coverage:
                 spoken_for[id(p)] = min(p.numel(), spoken_for.get(id(p), 0) + part)
         total,held = sum(p.numel() for _, p in matrices),sum(spoken_for.get(id(p), 0) for _, p in matrices)
         self.share = held/total if total else 1.
-        holders = {id(p): m for m in model.modules() for p in m._parameters.values() if p is not None}
+        holders = {id(p): m for _, m, p in named}
         self.outside = {n: _why(p, holders[id(p)], discovery, selected) for n, p in matrices if id(p) not in spoken_for}
 
     def weights_of(self, u: Unit) -> tuple[str, ...]:

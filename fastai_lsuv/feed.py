@@ -54,7 +54,8 @@ class Feed:
 
     def __enter__(self) -> Feed:
         in_step(self._begin)
-        if any(is_lazy(p) for p in self.model.parameters()): _materialize(self.model, self.batch)
+        if any(is_lazy(p) for m in self.model.modules() for p in m._parameters.values()):
+            _materialize(self.model, self.batch)
         return self
 
     def __exit__(self, *args) -> None: self.stream = None  # ends a DataLoader's workers

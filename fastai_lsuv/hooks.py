@@ -5,7 +5,7 @@ sees, and asks `Discovery` which units they use. The observer is asked to start 
 its output after."""
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol
 
@@ -43,12 +43,14 @@ class Observer(Protocol):
 @contextmanager
 def hooked(model: nn.Module, solvers: Mapping[Unit, Solver], observer: Observer) -> Iterator[None]:
     "Forwards of `model` are run inside, with hooks on each unit that is a module."
-    with ExitStack() as stack:
-        stack.enter_context(forwards(model))
-        for u, solver in solvers.items():
-            if not u.is_module: continue
-            for handle in _hooks(u, solver, observer): stack.callback(handle.remove)
-        yield
+    handles: list[RemovableHandle] = []
+    with forwards(model):
+        try:
+            for u, solver in solvers.items():
+                if u.is_module: handles.extend(_hooks(u, solver, observer))
+            yield
+        finally:
+            for h in handles: h.remove()
 
 
 def _hooks(u: Unit, solver: Solver, observer: Observer) -> Iterable[RemovableHandle]:

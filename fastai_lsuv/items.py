@@ -126,8 +126,9 @@ class DictItem(Item):
 
 def _same_entries(now: dict, was: dict) -> bool:
     "Whether the keys and values are the same objects, in the same order."
-    return (dict.__len__(now) == len(was) and all(map(operator.is_, dict.__iter__(now), was))
-            and all(map(operator.is_, dict.values(now), was.values())))
+    if dict.__len__(now) != len(was): return False
+    return not was or (all(map(operator.is_, dict.__iter__(now), was))
+                       and all(map(operator.is_, dict.values(now), was.values())))
 
 
 class OrderedDictItem(DictItem):

@@ -183,8 +183,10 @@ def plain(model: nn.Module) -> nn.Module:
     wrapped = getattr(model, '_orig_mod', None)  # torch.compile
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): wrapped = model.module
     if isinstance(wrapped, nn.Module): return plain(wrapped)
-    refuse(model)
-    on_meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    named = list(model.named_modules())
+    refuse(named)
+    held = ((f'{n}.{k}' if n else k, p) for n, m in named for k, p in m._parameters.items() if p is not None)
+    on_meta = next((n for n, p in held if p.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"model: {on_meta!r} is on the meta device and holds no numbers; give the model memory first: "
                          "`model.to_empty(device=...)`")

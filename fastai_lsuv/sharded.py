@@ -318,10 +318,12 @@ def _few(t: Tensor) -> np.ndarray:
 
 # ---- What is refused
 
-def refuse(model: nn.Module) -> None:
+def refuse(
+    named: Iterable[tuple[str, nn.Module]]  # The modules of a model, as in `named_modules()`
+) -> None:
     "Raise `ValueError` for a model in the hands of an engine that keeps weights where LSUV cannot change them."
     fsdp1 = _loaded('torch.distributed.fsdp', 'FullyShardedDataParallel')
-    for name, m in model.named_modules():
+    for name, m in named:
         name = repr(name) if name else 'it'
         if fsdp1 and isinstance(m, fsdp1):
             raise ValueError(f"model: {name} is wrapped by FullyShardedDataParallel, which flattens its "

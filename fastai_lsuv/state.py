@@ -71,8 +71,10 @@ def _copied(v: Tensor, room: Tensor) -> Tensor:
 def _is_plain_cpu(t: Tensor) -> bool:
     "Whether `t` is a tensor of floats on the CPU whose elements lie side by side in memory, in whatever order."
     if type(t) is not Tensor or t.device.type != 'cpu' or t.layout != torch.strided or t.is_nested: return False
+    if not t.is_floating_point(): return False
+    if t.is_contiguous(): return True
     strides = [(n, s) for n, s in zip(t.shape, t.stride()) if n != 1]
-    return t.is_floating_point() and all(s for _, s in strides) and sum((n - 1)*s for n, s in strides) == t.numel() - 1
+    return all(s for _, s in strides) and sum((n - 1)*s for n, s in strides) == t.numel() - 1
 
 
 class Value(Protocol):
@@ -127,14 +129,15 @@ class _Parameters:
         owned = {id(p): p for p in owned}
         self.memory = {memory(p) for p in (by_id | owned).values() if not is_lazy(p)} - {0}
         self.owned = Copies(owned.values(), self.names).items
-        self.others = Copies((p for i, p in by_id.items() if i in suspects - owned.keys()), self.names).items
-        large = by_id.keys() - suspects - owned.keys()
+        others,large = suspects - owned.keys(),by_id.keys() - suspects - owned.keys()
+        self.others = Copies((p for i, p in by_id.items() if i in others), self.names).items
         self.large = [_Large(p, self.names[i]) for i, p in by_id.items() if i in large and not p.is_inference()]
         self.grads = [_Grad(p, f'{self.names[i]}.grad') for i, p in by_id.items() if p.is_leaf]
 
     def own(self, params: list[nn.Parameter]) -> None:
         "Own further parameters. None has changed since it was first seen."
-        new = {id(p): p for p in params if id(p) not in {id(i.of) for i in self.owned}}
+        owned = {id(i.of) for i in self.owned}
+        new = {id(p): p for p in params if id(p) not in owned}
         self.owned += Copies(new.values(), self.names).items
         self.others = [i for i in self.others if id(i.of) not in new]
         self.large = [i for i in self.large if id(i.of) not in new]
@@ -143,7 +146,7 @@ class _Parameters:
 def _may_be_written(m: nn.Module, p: nn.Parameter) -> bool:
     """Whether `m` may write to its own parameter as it runs: an embedding to keep its norm, a small one to take its
     start from data."""
-    return getattr(m, 'max_norm', None) is not None or p.numel() <= _SMALL
+    return p.numel() <= _SMALL or getattr(m, 'max_norm', None) is not None
 
 
 class Preserved:

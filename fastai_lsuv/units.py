@@ -63,7 +63,8 @@ class Unit:
     @property
     def parameters(self) -> list[nn.Parameter]:
         "The parameters that may change with it."
-        return [p for m in {self.module, self.layer} for p in m.parameters(recurse=m is self.layer)]
+        holders = [*([self.module] if self.module is not self.layer else []), *self.layer.modules()]
+        return [p for m in holders for p in m._parameters.values() if p is not None]
 
     @property
     def versioned(self) -> Iterable[Tensor | None]:
