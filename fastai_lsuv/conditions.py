@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .doubts import ALIKE_SHARE, ALIKE_SPREAD
 from .moments import flat
+from .sharded import is_sharded
 from .weights import is_layer
 
 __all__ = ['measuring', 'Functions', 'NormWatch', 'in_transform']
@@ -92,12 +93,21 @@ def _other_norm(function: Callable, at: int, groups: Callable[..., Tensor]) -> C
         if not isinstance(out, Tensor) or out.is_nested or out.numel() == 0: return out
         weight = kwargs.get('weight', args[at] if len(args) > at else None)
         with torch.no_grad():
-            if _mean_square(out) < ALIKE_SPREAD*(1. if weight is None else _mean_square(weight)):
+            if _is_below(out, ALIKE_SPREAD*(1. if weight is None else _mean_square(weight))):
                 given = _bound(function, args, kwargs)
                 var,mean = torch.var_mean(groups(given).float(), dim=-1, correction=0)
                 watch.see(mean, var, given['eps'] or 0., given['input'].dtype)
         return out
     return watched
+
+
+def _is_below(t: Tensor, bound: float) -> bool:
+    "Whether the mean square of `t` is. The first quarter of the numbers tells of most that it is not."
+    f = flat(t.detach())
+    n,few = f.numel(),f.numel()//4
+    # A slice of what is sharded would be gathered.
+    if few and not is_sharded(f) and _mean_square(f[:few])*few/n >= bound: return False
+    return _mean_square(f) < bound
 
 
 def _mean_square(t: Tensor) -> float:
@@ -188,7 +198,7 @@ class Functions(TorchFunctionMode):
         "Note the parameters that a function takes, one by one or in a list. One that reads an attribute takes none."
         for a in (*args, *kwargs.values()) if kwargs else args:
             if type(a) is nn.Parameter:
-                if not _reads(func): self.taken.add(id(a))
+                if id(a) not in self.taken and not _reads(func): self.taken.add(id(a))
             elif type(a) in (list, tuple): self.taken.update(id(p) for p in a if type(p) is nn.Parameter)
 
 

@@ -31,7 +31,7 @@ _MOST_THINGS = 100_000  # So many are looked at, the nearest first; what lies be
 _MOST_BYTES = 2**26  # Memory-mapped arrays, and arrays and tensors inside plain objects, are left alone above this size
 _SHALLOW = ('_parameters', '_modules')  # `Copies` copies parameters; each module is surveyed by itself
 _APART = HOOKS.union(_SHALLOW)
-_OPENED,_NUMBERS,_FIXED = (Attributes, Slots),(TensorItem, ArrayItem),(TupleItem, FrozenSetItem, ProxyItem)
+_OPENED,_NUMBERS,_FIXED = {Attributes, Slots},{TensorItem, ArrayItem},{TupleItem, FrozenSetItem, ProxyItem}
 
 # Objects of these packages run threads, or stand for something outside. They are not opened.
 _OPAQUE = {'asyncio', 'concurrent', 'contextlib', 'contextvars', 'ctypes', 'enum', 'functools', 'io',

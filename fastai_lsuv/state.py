@@ -65,7 +65,7 @@ class Copies:
 
 
 def _copied(v: Tensor, room: Tensor) -> Tensor:
-    return room[:v.nbytes].view(v.dtype).as_strided(v.shape, v.stride()).copy_(v)
+    return room.view(v.dtype).as_strided(v.shape, v.stride()).copy_(v)
 
 
 def _is_plain_cpu(t: Tensor) -> bool:
