@@ -112,7 +112,7 @@ def _is_below(t: Tensor, bound: float) -> bool:
 
 def _mean_square(t: Tensor) -> float:
     f = flat(t.detach())
-    return torch.linalg.vector_norm(f, dtype=torch.promote_types(f.dtype, torch.float32)).item()**2/len(f)
+    return torch.linalg.vector_norm(f, dtype=torch.promote_types(f.dtype, torch.float32)).item()**2/f.numel()
 
 
 def _layer_groups(given: dict) -> Tensor: return given['input'].flatten(-len(given['normalized_shape']))

@@ -49,4 +49,4 @@ def _row(u: Unit, weights: tuple[str, ...], before: dict[Unit, MeanStd], undone:
 def mean_std(m: Moments, per_channel: bool) -> MeanStd:
     "Mean and std as two numbers; of channels, the mean of their means and the root mean square of their stds."
     mean,std = m.stats(per_channel)
-    return float(mean.mean()), math.sqrt((std**2).mean())
+    return (float(mean.mean()), math.sqrt((std**2).mean())) if per_channel else (float(mean), float(std))

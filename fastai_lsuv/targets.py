@@ -77,6 +77,7 @@ class Target:
     def mean_met(self, m: Moments) -> bool:
         "Whether the mean is as close to its target as so many samples can tell."
         mean,_ = m.stats(self.per_channel)
-        return bool(abs(mean - self.mean).mean() <= self._mean_reach(m))
+        off = abs(mean - self.mean)
+        return bool((off.mean() if self.per_channel else off) <= self._mean_reach(m))
 
     def _mean_reach(self, m: Moments) -> float: return mean_tolerance(m.evidence, self.batch_tol)*self.std

@@ -141,4 +141,4 @@ class Unit:
         if why: return Status(why)
         if self.stale: return Status.OFF
         if not self.met(m): return Status(self.reason) if self.reason in ('unresponsive', *DOUBTS) else Status.OFF
-        return Status.NO_BIAS if self.target.misses_mean(m) and not self.can_shift else Status.OK
+        return Status.NO_BIAS if not self.can_shift and self.target.misses_mean(m) else Status.OK
