@@ -216,13 +216,20 @@ def measuring(
     taken: set[int] | None = None  # These as `Functions` takes them
 ) -> Iterator[None]:
     "Run the model in train mode, without dropout. `preserved` puts the modes back; the switches are put back here."
-    was = [(m, k, v) for m in model.modules() for k, v in _switches(m)]
+    modules = list(model.modules())
+    was = [(m, k, v) for m in modules for k, v in _switches(m)]
     try:
-        model.train()
+        if not all(map(_trains, modules)): model.train()
         for m, k, _ in was: setattr(m, k, False if k == 'training' else 0.)
         with Functions(wrappers, taken, {f: partial(r, watch) for f, r in _REPLACEMENTS.items()}): yield
     finally:
         for m, k, v in was: setattr(m, k, v)
+
+
+def _trains(m: nn.Module) -> bool:
+    "Whether `m` is in train mode, and putting it there does nothing else."
+    held = vars(m)
+    return held.get('training') is True and type(m).train is nn.Module.train and 'train' not in held
 
 
 def _switches(m: nn.Module) -> list[tuple[str, Any]]:

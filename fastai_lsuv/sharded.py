@@ -213,10 +213,10 @@ class Shards:
         "The shards that have a gathered copy in their place now, and the copies."
         return ((p, m._parameters[n]) for m, n, p in self.of if m._parameters[n] is not p)
 
-    def others(self, module: nn.Module) -> list[Tensor]:
+    def others(self, module: nn.Module) -> Iterator[Tensor]:
         "The parameters of the module that are not sharded between forwards."
         mine = {id(m._parameters[n]) for m, n, _ in self.of}
-        return [p for p in module.parameters() if id(p) not in mine]
+        return (p for p in module.parameters() if id(p) not in mine)
 
     def finer(self, copy: Tensor) -> torch.dtype | None:
         "The type of the shard of a gathered copy, if it holds more digits."

@@ -306,6 +306,36 @@ def test_dropout_is_back_on_after_an_error(error):
     assert not torch.equal(F.dropout(x), x)
 
 
+# --- a model's own train mode
+
+class Froze(nn.BatchNorm1d):
+    "Its `train` keeps it in eval mode."
+    def train(self, mode=True): return super().train(False)
+
+
+def with_own_train(module):
+    "A module whose own `train` is an attribute."
+    module.train = lambda mode=True: nn.Module.train(module, False)
+    return module
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('make', [Froze, lambda n: with_own_train(nn.BatchNorm1d(n))])
+def test_a_train_method_of_the_models_own_is_called_in_whatever_mode_the_model_is(make, training):
+    model = nn.Sequential(make(4), nn.BatchNorm1d(4))
+    for m in model: m.training = training
+    with measuring(model, NormWatch()):
+        assert [m.training for m in model.modules()] == [True, False, True]
+
+
+@pytest.mark.parametrize('mode', [False, None])
+def test_a_module_in_eval_mode_inside_a_model_in_train_mode_is_measured_in_training(mode):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4)))
+    model[1][0].training = mode
+    with measuring(model, NormWatch()):
+        assert all(m.training is True for m in model.modules())
+
+
 # --- models by the name of Drop
 
 class DropletNet(nn.Module):
