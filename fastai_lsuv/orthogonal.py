@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def orthonormal(
         size = _tile(rows, cols)
         tile = deck.tile(size, full, q.device) if deck is not None else None
         if tile is None and size != (rows, cols): tile = orthonormal(*size, dtype=full, device=q.device)
-        if tile is not None: return (_lay_wide if rows <= cols else _lay_tall)(q, tile, rows, cols, start, left)
+        if tile is not None: return _lay(q, tile, rows, cols, start, left)
     if few*few*many <= _SMALL or not _has_fft(full, q.device):
         return q.copy_(_by_qr(groups, each, cols, full, q.device)[start:stop, left:right])
     for first in range(0, rows, each):
@@ -113,33 +113,51 @@ def orthonormal(
     return q
 
 
-def _lay_wide(q: Tensor, tile: Tensor, rows: int, cols: int, start: int, left: int) -> Tensor:
-    "Fill `q` with a block of a matrix of tiles side by side, whose runs of columns are then put in a random order."
-    n,run = cols//tile.shape[1],math.gcd(tile.shape[1], _RUN)
-    each = tile.shape[1]//run  # Runs in a row of a tile
-    down = torch.stack([torch.randperm(rows, device=q.device) for _ in range(n)])*each
-    order = torch.randperm(n*each, device=q.device)
-    of,across,signs = order//each,order % each,_signs(tile, n, cols)[left:left + q.shape[1]]
+def _lay(
+    q: Tensor,  # Gets the rows from `start` and the columns from `left` on
+    tile: Tensor,
+    rows: int,
+    cols: int,  # Both of the whole matrix
+    start: int,
+    left: int
+) -> Tensor:
+    "Lay a matrix with copies of a tile: one, or some side by side or one below the other."
+    way = _one if tile.shape == (rows, cols) else _side_by_side if rows <= cols else _one_below_the_other
+    run = math.gcd(tile.shape[1], _RUN)
+    runs_and_signs,right = way(tile, rows, cols, tile.shape[1]//run),left + q.shape[1]
     for i in range(0, len(q), step := max(1, _CHUNK//cols)):
-        at = down[:, start + i:start + min(i + step, len(q))].index_select(0, of).T + across
+        at,signs = runs_and_signs(slice(start + i, start + min(i + step, len(q))))
         part = tile.view(-1, run).index_select(0, at.reshape(-1)).view(-1, cols)
-        torch.mul(part[:, left:left + q.shape[1]], signs, out=q[i:i + step])
+        torch.mul(part[:, left:right], signs[..., left:right], out=q[i:i + step])
     return q
 
 
-def _lay_tall(q: Tensor, tile: Tensor, rows: int, cols: int, start: int, left: int) -> Tensor:
-    "Fill `q` with a block of a matrix of tiles one below the other, whose rows are then put in a random order."
-    n,run = rows//len(tile),math.gcd(cols, _RUN)
-    each = cols//run  # Runs in a row
-    order = torch.randperm(rows, device=q.device)
-    across = torch.stack([torch.randperm(each, device=q.device) for _ in range(n)])
-    of,down,signs = order//len(tile),order % len(tile)*each,_signs(tile, n, n, cols)[:, left:left + q.shape[1]]
-    for i in range(0, len(q), step := max(1, _CHUNK//cols)):
-        some = slice(start + i, start + min(i + step, len(q)))
-        at = down[some, None] + across.index_select(0, of[some])
-        part = tile.view(-1, run).index_select(0, at.view(-1)).view(-1, cols)
-        torch.mul(part[:, left:left + q.shape[1]], signs.index_select(0, of[some]), out=q[i:i + step])
-    return q
+# The ways to lay a matrix. Each has `each` runs in a row of a tile, and tells of some rows of the matrix the numbers of
+# their runs in the tile, and the signs of their columns.
+
+def _one(tile: Tensor, rows: int, cols: int, each: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    "A tile whose rows and runs are in a random order."
+    down,across,signs = _order(tile, rows)[:, None]*each,_order(tile, each),_signs(tile, 1, cols)
+    return lambda some: (down[some] + across, signs)
+
+
+def _side_by_side(tile: Tensor, rows: int, cols: int, each: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    "Tiles whose rows are in orders of their own, and whose runs are in one order."
+    n = cols//tile.shape[1]
+    down,order = torch.stack([_order(tile, rows) for _ in range(n)])*each,_order(tile, n*each)
+    of,across,signs = order//each,order % each,_signs(tile, n, cols)
+    return lambda some: (down[:, some].index_select(0, of).T + across, signs)
+
+
+def _one_below_the_other(tile: Tensor, rows: int, cols: int, each: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    "Tiles whose runs are in orders of their own, and whose rows are in one order."
+    n = rows//len(tile)
+    across,order = torch.stack([_order(tile, each) for _ in range(n)]),_order(tile, rows)
+    of,down,signs = order//len(tile),order % len(tile)*each,_signs(tile, n, n, cols)
+    return lambda some: (down[some, None] + across.index_select(0, of[some]), signs.index_select(0, of[some]))
+
+
+def _order(tile: Tensor, n: int) -> Tensor: return torch.randperm(n, device=tile.device)
 
 
 def _signs(tile: Tensor, n: int, *size: int) -> Tensor:
