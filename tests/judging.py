@@ -22,7 +22,9 @@ class Seen(dict):
         n, s, q = self.get(name, (0, 0., 0.))
         self[name] = n + x.numel(), s + x.sum().item(), q + x.square().sum().item()
 
-    def stds(self): return {k: max(q/n - (s/n)**2, 0.)**0.5 for k, (n, s, q) in self.items()}
+    def stds(self):
+        "Unbiased, as `Tensor.std` is."
+        return {k: max((q - s*s/n)/max(n - 1, 1), 0.)**0.5 for k, (n, s, q) in self.items()}
 
 
 class Operations(TorchFunctionMode):

@@ -130,7 +130,7 @@ def test_a_layer_that_is_not_selected_may_hold_the_weight_too():
 def test_frozen():
     net = cnn(3, 8, 8, 8)
     net[0].requires_grad_(False)
-    net[2].bias.requires_grad_(False)
+    nn.init.constant_(net[2].bias, 5.).requires_grad_(False)  # a mean that no weight is likely to make up for
     was, bias = deepcopy(net[0]), net[2].bias.detach().clone()
     with pytest.warns(UserWarning, match='frozen.*: 0[.]$'):
         report = lsuv_init(net, torch.randn(16, 3, 8, 8) + 1)
