@@ -84,7 +84,7 @@ class ActivationMeter:
             x = x[::self.sample]
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
-        on_cpu = x.device.type == 'cpu' and x.dtype == torch.float32
+        on_cpu = x.is_cpu and x.dtype == torch.float32
         measured = (self._measure_on_cpu if on_cpu else self._measure)(x, grad)
         return measured if measured.n == n else measured.scaled(n)
 
@@ -128,11 +128,12 @@ class ActivationMeter:
 
     def _chunks(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         "`x` (n,) in pieces that fit the cache, each with scratch memory of its size."
-        size = min(len(x), _CHUNK*min(torch.get_num_threads(), _MOST_THREADS))
-        if self.scratch is None or len(self.scratch) < size:
+        n = x.numel()  # `len` of a tensor takes ten times as long
+        size = min(n, _CHUNK*min(torch.get_num_threads(), _MOST_THREADS))
+        if self.scratch is None or self.scratch.numel() < size:
             with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
                 self.scratch = torch.empty(size, dtype=torch.float32, device='cpu')
-        return [(chunk, self.scratch[:len(chunk)]) for chunk in (x.split(size) if len(x) > size else (x,))]
+        return [(chunk, self.scratch[:chunk.numel()]) for chunk in (x.split(size) if n > size else (x,))]
 
 
 def _mean_and_std(x: Tensor, total: float, squares: float) -> tuple[float, float]:
@@ -180,9 +181,10 @@ class BinCounter:
             to.sub_(lo)
         to.mul_(self.scale).floor_()
         if self.bins > _BINS_IN_A_BYTE: return torch.bincount(to.to(torch.int32).add_(1), minlength=self.bins+2)
-        pairs = self._bytes(len(x) + len(x) % 2)
-        pairs[len(x):] = -1  # makes the last pair, if there is an odd number
-        pairs[:len(x)].copy_(to)
+        n = x.numel()
+        pairs = self._bytes(n + n % 2)
+        pairs[n:] = -1  # makes the last pair, if there is an odd number
+        pairs[:n].copy_(to)
         return torch.bincount(pairs.add_(1).view(torch.int16), minlength=(self.bins+2)*256)
 
     def histogram(self,
@@ -200,7 +202,7 @@ class BinCounter:
 
     def _bytes(self, n: int) -> Tensor:
         "`n` bytes of scratch memory."
-        if self.bytes is None or len(self.bytes) < n:
+        if self.bytes is None or self.bytes.numel() < n:
             with torch.inference_mode(False):
                 self.bytes = torch.empty(n, dtype=torch.int8, device='cpu')
         return self.bytes[:n]
