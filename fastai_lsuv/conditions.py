@@ -102,7 +102,7 @@ def _other_norm(function: Callable, at: int, groups: Callable[..., Tensor]) -> C
 
 
 def _is_below(t: Tensor, bound: float) -> bool:
-    "Whether the mean square of `t` is. The first quarter of the numbers tells of most that it is not."
+    "Whether the mean square of `t` is below `bound`. The first quarter of the numbers tells of most that it is not."
     f = flat(t.detach())
     n,few = f.numel(),f.numel()//4
     # A slice of what is sharded would be gathered.
@@ -226,10 +226,13 @@ def measuring(
         for m, k, v in was: setattr(m, k, v)
 
 
+_PUTS_IN_MODE = 'train', '__setattr__', 'children', 'named_children'  # What `train()` calls
+
+
 def _trains(m: nn.Module) -> bool:
     "Whether `m` is in train mode, and putting it there does nothing else."
-    held = vars(m)
-    return held.get('training') is True and type(m).train is nn.Module.train and 'train' not in held
+    held,plain = vars(m),all(getattr(type(m), f) is getattr(nn.Module, f) for f in _PUTS_IN_MODE)
+    return plain and held.get('training') is True and 'train' not in held
 
 
 def _switches(m: nn.Module) -> list[tuple[str, Any]]:

@@ -1,16 +1,17 @@
 """Random orthonormal matrices, for less than the price of as many normal numbers.
 
 `orthonormal` draws one, or a block of it: some rows, some columns. A small matrix is the Q of a QR decomposition of
-normal numbers. Its distribution is Haar's, and its numbers are those of `torch.nn.init.orthogonal_`.
+normal numbers. Its distribution is Haar's, and without a `Deck` its numbers are those of `torch.nn.init.orthogonal_`.
 
 A large matrix consists of rows of the identity, in random order, that go through three rounds. A round is an
 orthonormal Fourier transform, then a random sign for each column. It takes `n log n` steps a row, QR takes `n**2`.
 Moments, spectra and correlations agree with Haar's.
 
-A larger one that is much wider than high is laid with tiles side by side, all made of one such matrix. Each tile has
-its rows in an order of its own. Then each column of the whole gets a random sign, and the columns get a random order,
-some at a time. As the rows of each tile are orthonormal, so are those of the whole. A matrix that is much higher than
-wide is laid in the same way with tiles one below the other. This takes a third of the time that the rounds take.
+A larger one that is at least twice as wide as high is laid with tiles side by side, if its width can be divided. All
+are made of one such matrix. Each tile has its rows in an order of its own. Then each column of the whole gets a random
+sign, and the columns get a random order, some at a time. As the rows of each tile are orthonormal, so are those of the
+whole. A matrix that is at least twice as high as wide is laid in the same way, with tiles one below the other. This
+takes a third of the time that the rounds take.
 
 A model holds many matrices of the same size, and more with tiles of the same size. A `Deck` keeps a tile while more of
 its size are to come. Haar's distribution stays what it is under such orders and signs. Sums and products of matrices
@@ -42,19 +43,33 @@ _SMALL = 2**20
 _CHUNK = 2**19
 # Numbers in a matrix that a deck keeps, at most.
 _MOST_KEPT = 2**24
-# Numbers from which on a matrix is laid with tiles, and the most tiles it is laid with.
-_LARGE,_MOST_TILES = 2**19,16
-# Columns that stay together as they are put in order: two lines of the cache hold as many. One by one, they take four
-# times as long.
-_RUN = 32
+# Numbers from which on a matrix is laid with tiles, and those that a tile holds at most.
+_LARGE,_LARGEST_TILE = 2**19,2**25
+# The most tiles side by side, and one below the other. The rows of the latter have few orders, where they are short.
+_MOST_WIDE,_MOST_TALL = 16,4
+# Orders of fewer rows or columns would make tiles alike.
+_LEAST = 64
+# Columns that stay together as they are put in order, at most: two lines of the cache hold as many. One by one, they
+# take four times as long. A row has so many runs of them, or more, that few tiles have one in the same place.
+_RUN,_LEAST_RUNS = 32,16
 
 
 def _tile(rows: int, cols: int) -> tuple[int, int]:
-    "Rows and columns of the tiles that a matrix of this size is laid with: as many of them as may be."
+    """Rows and columns of the tiles that a matrix of this size is laid with.
+
+    There are as many as divide its longer side, are not shorter than the other side, and are allowed. It may be one."""
     few,many = sorted((rows, cols))
-    if rows*cols < _LARGE: return rows, cols
-    n = next(n for n in range(min(many//few, _MOST_TILES), 0, -1) if many % n == 0)
-    return (rows, cols//n) if rows <= cols else (rows//n, cols)
+    most = min(many//few, _MOST_WIDE if rows <= cols else _MOST_TALL) if rows*cols >= _LARGE and few >= _LEAST else 1
+    n = next(n for n in range(most, 0, -1) if many % n == 0)
+    size = (rows, cols//n) if rows <= cols else (rows//n, cols)
+    return size if math.prod(size) <= _LARGEST_TILE else (rows, cols)
+
+
+def _run(width: int) -> int:
+    "Columns that stay together in a matrix of this width: a power of two."
+    run = math.gcd(width, _RUN)
+    while run > 1 and width < _LEAST_RUNS*run: run //= 2
+    return run
 
 
 class Deck:
@@ -91,7 +106,7 @@ def orthonormal(
 
     The numbers come from torch's default generator of the device. The same seed gives the same matrix, whatever the
     block, and any block leaves the generator in the same state. A block of a large matrix is computed without the rest.
-    Its tiles need one whole tile."""
+    Where the matrix is laid with tiles, one whole tile is drawn."""
     stop,right = rows if stop is None else stop, cols if right is None else right
     if not 0 <= start <= stop <= rows: raise ValueError(f'rows {start}:{stop} are not a slice of {rows} rows')
     if rows % groups: raise ValueError(f'{rows} rows do not make {groups} groups')
@@ -117,22 +132,22 @@ def _lay(
     q: Tensor,  # Gets the rows from `start` and the columns from `left` on
     tile: Tensor,
     rows: int,
-    cols: int,  # Both of the whole matrix
+    cols: int,  # These two: the size of the whole matrix
     start: int,
     left: int
 ) -> Tensor:
     "Lay a matrix with copies of a tile: one, or some side by side or one below the other."
     way = _one if tile.shape == (rows, cols) else _side_by_side if rows <= cols else _one_below_the_other
-    run = math.gcd(tile.shape[1], _RUN)
+    run = _run(tile.shape[1])
     runs_and_signs,right = way(tile, rows, cols, tile.shape[1]//run),left + q.shape[1]
-    for i in range(0, len(q), step := max(1, _CHUNK//cols)):
+    for i in range(0, len(q), step := max(1, _CHUNK//max(1, cols))):
         at,signs = runs_and_signs(slice(start + i, start + min(i + step, len(q))))
-        part = tile.view(-1, run).index_select(0, at.reshape(-1)).view(-1, cols)
+        part = tile.view(-1, run).index_select(0, at.reshape(-1)).view(len(at), cols)
         torch.mul(part[:, left:right], signs[..., left:right], out=q[i:i + step])
     return q
 
 
-# The ways to lay a matrix. Each has `each` runs in a row of a tile, and tells of some rows of the matrix the numbers of
+# The ways to lay a matrix. A row of a tile has `each` runs. A way gives, for some rows of the matrix, the indices of
 # their runs in the tile, and the signs of their columns.
 
 def _one(tile: Tensor, rows: int, cols: int, each: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
@@ -161,7 +176,7 @@ def _order(tile: Tensor, n: int) -> Tensor: return torch.randperm(n, device=tile
 
 
 def _signs(tile: Tensor, n: int, *size: int) -> Tensor:
-    "Random signs, that make `n` tiles an orthonormal matrix."
+    "Random signs times `n**-0.5`, which make `n` tiles an orthonormal matrix."
     return torch.randint(2, size, dtype=tile.dtype, device=tile.device).sub_(0.5).mul_(2/math.sqrt(n))
 
 

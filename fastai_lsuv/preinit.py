@@ -75,7 +75,8 @@ def _draw(layer: nn.Module, w: Tensor, deck: Deck | None) -> Tensor:
 
 def deck_for(units: Iterable[Unit]) -> Deck:
     "A deck for the weights of these units."
-    weights = (u.layer._parameters.get('weight') for u in units if not u.left_alone)
+    layers = (u.layer for u in units if not u.left_alone)
+    weights = (m._parameters.get('weight') for m in layers if getattr(m, 'groups', 1) == 1)
     sized = (w for w in weights if w is not None and not is_lazy(w) and w.dim() > 1 and w.numel())
     return Deck((len(w), w.numel()//len(w)) for w in sized)
 

@@ -81,7 +81,7 @@ def _entries(modules: Any) -> list:
 
 
 def outside_of(units: Iterable[Unit], loose: Iterable[Source]) -> list[Source]:
-    "The loose parameters that no unit is made of. An affine unit is a layer, and not made of any."
+    "The loose parameters that no unit is made of. An affine unit is a layer, whose parameters are not loose."
     taken = {id(p) for u in units if u.layer is not None and not u.affine for p in made_of(u.layer)}
     return [s for s in loose if id(s.param) not in taken]
 

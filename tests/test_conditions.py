@@ -328,6 +328,16 @@ def test_a_train_method_of_the_models_own_is_called_in_whatever_mode_the_model_i
         assert [m.training for m in model.modules()] == [True, False, True]
 
 
+def test_a_module_that_its_parent_alone_knows_is_put_in_train_mode():
+    class Parent(nn.Module):
+        def children(self): yield from self.hidden
+
+    model = Parent()
+    object.__setattr__(model, 'hidden', [nn.BatchNorm1d(4).eval()])
+    with measuring(model, NormWatch()):
+        assert model.hidden[0].training
+
+
 @pytest.mark.parametrize('mode', [False, None])
 def test_a_module_in_eval_mode_inside_a_model_in_train_mode_is_measured_in_training(mode):
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4)))

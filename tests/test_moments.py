@@ -302,3 +302,9 @@ def test_pool_adds_up_evidence(parts, form, seed):
 def test_pool_of_what_does_not_vary():
     zeros = whole_moments(torch.zeros(4, 3))
     assert pool([zeros, zeros]).evidence == Evidence(8, 0., 1.)
+
+
+def test_numpy_may_raise_for_what_over_or_underflows():
+    for x in torch.randn(8, 75).double()*1e-161, torch.randn(8, 75).double()*1e200, torch.randn(8, 75)*1e30:
+        with np.errstate(all='raise'): m = whole_moments(x)
+        assert m.mean == pytest.approx(x.mean().item(), rel=1e-5)

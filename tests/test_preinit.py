@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.preinit import orthogonal_
+from fastai_lsuv.preinit import deck_for, orthogonal_
+from fastai_lsuv.selection import find_units
 
 
 # --- orthonormal weights
@@ -94,3 +95,9 @@ def test_a_preinit_that_puts_new_parameters_in_place_of_the_old():
     assert init(net, x, preinit=start)['0'].status == 'ok'
     assert net[0].weight is weight and (weight == weight[0, 0]).all()
     assert net(x).std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_deck_counts_no_grouped_conv():
+    "Its groups are drawn one by one, and a tile for them would be kept for nothing."
+    units = find_units(nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)))
+    assert deck_for(units).to_come == {(8, 72): 2}
