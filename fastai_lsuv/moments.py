@@ -182,7 +182,7 @@ def whole_moments(
         mean,squares = total.item()/n,norms*norms
         return mean, float(squares.sum())/n - mean*mean, squares
 
-    with np.errstate(all='ignore') if acc == torch.float64 else nullcontext():  # squares may over- or underflow
+    with np.errstate(all='ignore') if acc == torch.float64 else nullcontext():  # squares may overflow
         mean,var,squares = take(f)
         centre = torch.tensor(mean, dtype=acc).item() if mean*mean > _CENTRE_ABOVE*var else 0.
         if centre: mean,var,squares = take(f.to(acc) - centre)

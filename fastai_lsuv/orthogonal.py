@@ -1,7 +1,7 @@
 """Random orthonormal matrices, for less than the price of as many normal numbers.
 
 `orthonormal` draws one, or a block of it: some rows, some columns. A small matrix is the Q of a QR decomposition of
-normal numbers. Its distribution is Haar's, and without a `Deck` its numbers are those of `torch.nn.init.orthogonal_`.
+normal numbers. Its distribution is Haar's, and its numbers are those of `torch.nn.init.orthogonal_`.
 
 A large matrix consists of rows of the identity, in random order, that go through three rounds. A round is an
 orthonormal Fourier transform, then a random sign for each column. It takes `n log n` steps a row, QR takes `n**2`.
@@ -78,13 +78,13 @@ class Deck:
         self.to_come = Counter(_tile(*size) for size in sizes)
         self.kept: dict[tuple, Tensor] = {}
 
-    def tile(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        "A tile of this size, if one is kept or is to be kept from now on."
+    def tile(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, bool]:
+        "A tile of this size, if one is kept or is to be kept from now on, and whether it is new."
         self.to_come[size] -= 1
         again,key = self.to_come[size] > 0,(*size, dtype, device)
-        if again and key not in self.kept and math.prod(size) <= _MOST_KEPT:
-            self.kept[key] = orthonormal(*size, dtype=dtype, device=device)
-        return self.kept.get(key) if again else self.kept.pop(key, None)
+        new = again and key not in self.kept and math.prod(size) <= _MOST_KEPT
+        if new: self.kept[key] = orthonormal(*size, dtype=dtype, device=device)
+        return self.kept.get(key) if again else self.kept.pop(key, None), new
 
 
 def orthonormal(
@@ -116,7 +116,8 @@ def orthonormal(
     few,many = sorted((each, cols))
     if groups == 1:
         size = _tile(rows, cols)
-        tile = deck.tile(size, full, q.device) if deck is not None else None
+        tile,new = deck.tile(size, full, q.device) if deck is not None else (None, False)
+        if new and size == (rows, cols): return q.copy_(tile[start:stop, left:right])
         if tile is None and size != (rows, cols): tile = orthonormal(*size, dtype=full, device=q.device)
         if tile is not None: return _lay(q, tile, rows, cols, start, left)
     if few*few*many <= _SMALL or not _has_fft(full, q.device):
@@ -136,9 +137,9 @@ def _lay(
     start: int,
     left: int
 ) -> Tensor:
-    "Lay a matrix with copies of a tile: one, or some side by side or one below the other."
-    way = _one if tile.shape == (rows, cols) else _side_by_side if rows <= cols else _one_below_the_other
-    run = _run(tile.shape[1])
+    "Lay a matrix with copies of a tile: one, or several side by side or one below the other."
+    if tile.shape == (rows, cols): return _shuffle(q, tile, start, left)
+    way,run = _side_by_side if rows <= cols else _one_below_the_other,_run(tile.shape[1])
     runs_and_signs,right = way(tile, rows, cols, tile.shape[1]//run),left + q.shape[1]
     for i in range(0, len(q), step := max(1, _CHUNK//max(1, cols))):
         at,signs = runs_and_signs(slice(start + i, start + min(i + step, len(q))))
@@ -147,14 +148,17 @@ def _lay(
     return q
 
 
-# The ways to lay a matrix. A row of a tile has `each` runs. A way gives, for some rows of the matrix, the indices of
-# their runs in the tile, and the signs of their columns.
+def _shuffle(q: Tensor, tile: Tensor, start: int, left: int) -> Tensor:
+    "Fill `q` with a block of a tile whose rows and columns are in a random order, each with a random sign."
+    down,across = (_order(tile, n) for n in tile.shape)
+    of_rows,of_cols = _signs(tile, 1, sum(tile.shape)).split(tile.shape)
+    rows,cols = slice(start, start + len(q)),slice(left, left + q.shape[1])
+    part = tile.index_select(0, down[rows]).gather(1, across[cols].expand(q.shape))
+    return torch.mul(part.mul_(of_rows[rows, None]), of_cols[cols], out=q)
 
-def _one(tile: Tensor, rows: int, cols: int, each: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
-    "A tile whose rows and runs are in a random order."
-    down,across,signs = _order(tile, rows)[:, None]*each,_order(tile, each),_signs(tile, 1, cols)
-    return lambda some: (down[some] + across, signs)
 
+# The ways to lay a matrix with several tiles. A row of a tile has `each` runs. A way gives the indices of the runs in
+# some rows, and the signs of their columns.
 
 def _side_by_side(tile: Tensor, rows: int, cols: int, each: int) -> Callable[[slice], tuple[Tensor, Tensor]]:
     "Tiles whose rows are in orders of their own, and whose runs are in one order."
