@@ -10,8 +10,9 @@ Moments, spectra and correlations agree with Haar's.
 A larger one that is at least twice as wide as high is laid with tiles side by side, if its width can be divided. All
 are made of one such matrix. Each tile has its rows in an order of its own. Then each column of the whole gets a random
 sign, and the columns get a random order, some at a time. As the rows of each tile are orthonormal, so are those of the
-whole. A matrix that is at least twice as high as wide is laid in the same way, with tiles one below the other. This
-takes a third of the time that the rounds take.
+whole. A matrix that is at least twice as high as wide is laid in the same way, with tiles one below the other. Laying
+takes about a third of the time that the rounds take. Two things differ a little from Haar's. The squares of two rows
+correlate by -1/k, where k is the length of a tile, and not by -1/n. A block of few columns is closer to orthonormal.
 
 A model holds many matrices of the same size, and more with tiles of the same size. A `Deck` keeps a tile while more of
 its size are to come. Haar's distribution stays what it is under such orders and signs. Sums and products of matrices
@@ -45,12 +46,13 @@ _CHUNK = 2**19
 _MOST_KEPT = 2**24
 # Numbers from which on a matrix is laid with tiles, and those that a tile holds at most.
 _LARGE,_LARGEST_TILE = 2**19,2**25
-# The most tiles side by side, and one below the other. The rows of the latter have few orders, where they are short.
+# The most tiles side by side, and one below the other. Each of the latter holds the same rows, with their columns in
+# another order. More of them would show.
 _MOST_WIDE,_MOST_TALL = 16,4
-# Orders of fewer rows or columns would make tiles alike.
+# A tile has at least as many rows and columns. Fewer have too few orders: tiles would be alike.
 _LEAST = 64
-# Columns that stay together as they are put in order, at most: two lines of the cache hold as many. One by one, they
-# take four times as long. A row has so many runs of them, or more, that few tiles have one in the same place.
+# At most so many columns stay together, in a run. Two lines of the cache hold as many. One by one, they take nine times
+# as long. A row has at least so many runs. With fewer, the same run would often be in the same place in two tiles.
 _RUN,_LEAST_RUNS = 32,16
 
 
@@ -84,7 +86,8 @@ class Deck:
         again,key = self.to_come[size] > 0,(*size, dtype, device)
         new = again and key not in self.kept and math.prod(size) <= _MOST_KEPT
         if new: self.kept[key] = orthonormal(*size, dtype=dtype, device=device)
-        return self.kept.get(key) if again else self.kept.pop(key, None), new
+        tile = self.kept.get(key) if again else self.kept.pop(key, None)
+        return tile, new
 
 
 def orthonormal(

@@ -128,7 +128,7 @@ class ActivationMeter:
 
     def _chunks(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         "`x` (n,) in pieces that fit the cache, each with scratch memory of its size."
-        n = x.numel()  # `len` of a tensor takes ten times as long
+        n = x.numel()  # `len` of a tensor takes four times as long
         size = min(n, _CHUNK*min(torch.get_num_threads(), _MOST_THREADS))
         if self.scratch is None or self.scratch.numel() < size:
             with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
