@@ -18,8 +18,10 @@ from .study import Runs, curves, numbers, percent, pm, positive, save, say, seed
 MIRRORED = 'LSUV mirrored'  # From `mirrored` weights, which suit ReLU
 ARMS = {'LSUV': False, 'batch norm': True, 'neither': False, MIRRORED: False}  # With batch norm?
 USUAL = 'LSUV,batch norm,neither'
-EPOCHS = dict(small=10, paper=230)  # By scale
-PAPER,PAPER_DROPS = dict(size=32, width=1., bs=128),'100,150,200'  # What `--scale paper` sets
+EPOCHS = dict(small=10, quarter=60, paper=230)  # By scale
+DROPS = dict(quarter='26,39,52', paper='100,150,200')  # The paper's, at the same shares of the epochs
+# Options that a scale sets
+SCALES = dict(small={}, quarter=dict(size=32, width=.25, bs=128, augment=True), paper=dict(size=32, width=1., bs=128))
 SHOWN = {1, 2, 5, 10, 20, 50, 100}  # Epochs in the printed table, beside the last
 WITH,WITHOUT = 'with batch norm', 'without batch norm'
 
@@ -30,10 +32,10 @@ def batchnorm(
     act: str = 'ReLU',  # Activation
     init: str = 'Xavier',  # Standard start of the arms without LSUV: Xavier, MSRA, orthonormal or PyTorch
     rounds: int = 30,  # Steps of each arm to time, in turns
-    epochs: int = 0,  # Epochs to train each arm; 0: those of the scale, 10 or 230
+    epochs: int = 0,  # Epochs to train each arm; 0: those of the scale, 10, 60 or 230
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
     arms: str = USUAL,  # Arms to train; one more is 'LSUV mirrored'
-    scale: str = 'small',  # 'small' leaves the options as they are; 'paper' sets its size, width, bs and drops
+    scale: str = 'small',  # 'paper' sets size, width, bs and drops; 'quarter' does for a quarter of the filters
     drops: str = '',  # Epochs after which the learning rate falls to a tenth, separated by commas
     checkpoints: str = '',  # Folder of checkpoints, one an arm and seed: a second start goes on from them; '': none
     **kwargs
@@ -41,11 +43,11 @@ def batchnorm(
     """FitNet-4 with LSUV, with batch norm, and with neither: accuracy by epoch and wall time, and the cost of a step.
 
     The arms without LSUV begin from a standard start. The paper's run, which can be stopped and started again:
-    --scale paper --data cifar --checkpoints FOLDER. With --epochs it stops early on the same schedule."""
+    --scale paper --data cifar --checkpoints FOLDER. With --epochs it stops early on the same schedule. `--scale
+    quarter` has a quarter of the filters, 60 epochs, and flips and shifts the images."""
     scale = word('scale', scale, EPOCHS)
-    if scale == 'paper':
-        kwargs |= PAPER
-        drops = PAPER_DROPS
+    kwargs |= SCALES[scale]
+    drops = DROPS.get(scale, drops)
     options = FitNetOptions(**kwargs)
     epochs = epochs or EPOCHS[scale]
     positive(epochs=epochs, seeds=seeds, rounds=rounds)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.basics import DataLoaders, default_device, progress_bar
+from fastai.basics import Callback, DataLoaders, default_device, progress_bar
 from fastai.data.external import URLs, fastai_cfg, untar_data
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-__all__ = ['InputError', 'Images', 'loaders', 'digits', 'split_digits', 'read_idx', 'get_images']
+__all__ = ['InputError', 'Images', 'Augment', 'shifted', 'loaders', 'digits', 'split_digits', 'read_idx', 'get_images']
 
 _SEED = 42  # Of every split and every choice of images, so that these are always the same
 _TRAIN,_TEST = ('train', 'training'), ('test', 'testing', 'valid')
@@ -52,6 +52,32 @@ class Images:
         "Images to train on, drawn at random."
         x = self.train[0]
         return x[_shuffled(len(x), seed)[:bs]]
+
+
+def shifted(
+    x: Tensor,  # Images (N, C, H, W)
+    down: Tensor,  # (N,): pixels to move each image down
+    right: Tensor,  # (N,): pixels to move it to the right
+    flip: Tensor  # (N,): whether to mirror it left to right first
+) -> Tensor:
+    "Move and mirror each image. Zeros, the mean of the images, come in at the edges."
+    n,c,h,w = x.shape
+    most = int(torch.cat([down, right]).abs().max())
+    x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), (most,)*4)
+    rows = torch.arange(h, device=x.device) + (most - down)[:, None]
+    cols = torch.arange(w, device=x.device) + (most - right)[:, None]
+    at = torch.arange(n, device=x.device)[:, None, None, None], torch.arange(c, device=x.device)[None, :, None, None]
+    return x[(*at, rows[:, None, :, None], cols[:, None, None, :])]
+
+
+class Augment(Callback):
+    "Flip each training image at random, and shift it by up to an eighth of its side."
+    def before_batch(self):
+        if not self.training: return
+        x, = self.learn.xb
+        most = x.shape[-1]//8
+        down,right = torch.randint(-most, most + 1, (2, len(x)), device=x.device)
+        self.learn.xb = (shifted(x, down, right, torch.rand(len(x), device=x.device) < .5),)
 
 
 def loaders(

@@ -6,7 +6,7 @@ from fastcore.basics import store_attr
 from fastcore.meta import delegates
 from torch import nn
 
-from .data import Images, get_images
+from .data import Augment, Images, get_images
 from .networks import fitnet4
 from .starts import start
 from .study import OUT, Runs, positive
@@ -25,6 +25,7 @@ class ImageOptions:
         size: int = 16,  # Pixels a side of the images
         bs: int = 32,  # Batch size
         mom: float = 0.9,  # Momentum of SGD
+        augment: bool = False,  # Flip and shift the images in training
         out: str = OUT  # Folder for tables and picture; '' saves nothing
     ):
         positive(size=size, bs=bs)
@@ -67,5 +68,5 @@ class FitNetOptions(ImageOptions):
         pairs: bool = False  # As in `start`
     ) -> None:
         "Initialize `model` and train it as one arm."
-        cbs = [*start(model, init, self.order, pairs), ChannelsLast()]
+        cbs = [*start(model, init, self.order, pairs), ChannelsLast(), *([Augment()] if self.augment else [])]
         runs.fit(arm, seed, model, self.lr, cbs, mom=self.mom, wd=self.wd)
