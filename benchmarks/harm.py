@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from fastcore.script import call_parse
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastai_lsuv import layer_stats, lsuv_init, status, units
-from fastai_lsuv.moments import first_tensor
+from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv.units import status, units
+from fastai_lsuv.measure.moments import first_tensor
 from _common import RESULTS, call, first_line, forward, markdown, networks, on_device, where
 
 CLASSES = 4

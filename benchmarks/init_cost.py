@@ -4,7 +4,7 @@ Each contestant works on a fresh copy of the model. Forward passes are timed jus
 is the time of the contestant over the mean time of these passes. The tables show the median of the ratios over the
 rounds.
 
-The correcting pass alone is one call of `fastai_lsuv.passes.Passes`, with the hooks that it attaches and removes. It
+The correcting pass alone is one call of `fastai_lsuv.run.passes.Passes`, with the hooks that it attaches and removes. It
 does not include the other work of `lsuv_init`: finding the units, the copies for a rollback, the report and the
 verifying pass.
 
@@ -38,9 +38,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from _common import COLORS, IMAGES, PACKAGES, RESULTS, installed, label, markdown, passes_begun, timed, where
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.options import Options
-from fastai_lsuv.passes import Passes
-from fastai_lsuv.selection import find_units
+from fastai_lsuv.run.options import Options
+from fastai_lsuv.run.passes import Passes
+from fastai_lsuv.units.selection import find_units
 
 
 # --- Models

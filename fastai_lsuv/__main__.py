@@ -19,7 +19,7 @@ from .experiments.data import digits as digits  # pages import it from here
 from .experiments.data import loaders, split_digits
 from .experiments.networks import ConvLayer, lesson11
 from .experiments.study import pair, run_command
-from .loops import ORDERS, parse_order
+from .measure.loops import ORDERS, parse_order
 
 WITHOUT = 'without LSUV'
 

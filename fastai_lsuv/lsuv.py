@@ -8,23 +8,23 @@ from typing import Any, Callable
 
 from torch import nn
 
-from .blame import warn_caller
-from .discovery import Discovery
-from .feed import Feed
-from .generators import Generators
-from .gradients import gradients_of
-from .loss import LOSS_TAKES
-from .options import Options
-from .passes import Passes
-from .ranks import in_step
-from .report import LSUVReport
-from .results import in_order, rows_of
-from .run import Run
-from .selection import loose_parameters, measurable, outside_of, wanted
-from .sharded import is_sharded, refuse, reshard
-from .state import preserved
-from .targets import Target
-from .units import Unit
+from .run.blame import warn_caller
+from .observe.discovery import Discovery
+from .run.feed import Feed
+from .keep.generators import Generators
+from .run.gradients import gradients_of
+from .run.loss import LOSS_TAKES
+from .run.options import Options
+from .run.passes import Passes
+from .parallel.ranks import in_step
+from .report.report import LSUVReport
+from .report.results import in_order, rows_of
+from .run.run import Run
+from .units.selection import loose_parameters, measurable, outside_of, wanted
+from .parallel.sharded import is_sharded, refuse, reshard
+from .keep.state import preserved
+from .measure.targets import Target
+from .units.units import Unit
 
 __all__ = ['lsuv_init', 'layer_stats', 'initialize', 'plain']
 

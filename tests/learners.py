@@ -13,8 +13,8 @@ from fastai.callback.progress import ProgressCallback
 from torch import nn
 
 from fastai_lsuv import LSUVCallback
-from fastai_lsuv.batches import model_inputs, no_trace
-from fastai_lsuv.selection import find_units
+from fastai_lsuv.learner.batches import model_inputs, no_trace
+from fastai_lsuv.units.selection import find_units
 
 
 # --- data

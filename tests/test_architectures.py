@@ -9,7 +9,7 @@ from judging import judge
 from networks import NETWORKS
 
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.rows import OUTSIDE
+from fastai_lsuv.report.rows import OUTSIDE
 
 MOST_PASSES = 5
 SHARE_REACHED = 0.985

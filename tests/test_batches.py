@@ -20,7 +20,7 @@ from learners import *
 from torch import nn
 
 from fastai_lsuv import LSUVCallback
-from fastai_lsuv.batches import model_inputs, no_trace
+from fastai_lsuv.learner.batches import model_inputs, no_trace
 
 
 # --- mini-batches

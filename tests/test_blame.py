@@ -7,7 +7,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, layer_stats, lsuv_init
-from fastai_lsuv.blame import explained
+from fastai_lsuv.run.blame import explained
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason='this Python has no notes')
 

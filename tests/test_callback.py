@@ -20,7 +20,7 @@ from fastai.distributed import DistributedTrainer
 from learners import *
 from torch import nn
 
-import fastai_lsuv.callback
+import fastai_lsuv.learner.callback
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, lsuv_init
 
 # --- options
@@ -271,8 +271,8 @@ class Bar:
 @pytest.fixture
 def bars(monkeypatch):
     Bar.made = []
-    monkeypatch.setattr(fastai_lsuv.callback, 'progress_bar', Bar)
-    monkeypatch.setattr(fastai_lsuv.callback, '_LONG', -1.)
+    monkeypatch.setattr(fastai_lsuv.learner.callback, 'progress_bar', Bar)
+    monkeypatch.setattr(fastai_lsuv.learner.callback, '_LONG', -1.)
     return Bar.made
 
 
@@ -291,7 +291,7 @@ def test_a_bar_for_each_long_pass(bars):
 
 
 def test_no_bar_for_a_short_pass(bars, monkeypatch):
-    monkeypatch.setattr(fastai_lsuv.callback, '_LONG', 1e9)
+    monkeypatch.setattr(fastai_lsuv.learner.callback, '_LONG', 1e9)
     with_progress(cbs=LSUVCallback()).lsuv_init()
     assert bars == []
 
@@ -320,7 +320,7 @@ def test_no_bar_is_left_behind(bars):
 
 
 def test_fastprogress_itself(monkeypatch, capsys):
-    monkeypatch.setattr(fastai_lsuv.callback, '_LONG', -1.)
+    monkeypatch.setattr(fastai_lsuv.learner.callback, '_LONG', -1.)
     model = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(20)], nn.Flatten(), nn.Linear(432, 4))
     assert with_progress(model=model, cbs=LSUVCallback()).lsuv_init().ok
 

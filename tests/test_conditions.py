@@ -10,7 +10,7 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv.conditions import NormWatch, measuring
+from fastai_lsuv.observe.conditions import NormWatch, measuring
 
 
 def spread_of(model, x):

@@ -11,10 +11,10 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.doubts import ALIKE_SPREAD, doubt, mean_tolerance, samples_alike, unusual, varies
-from fastai_lsuv.moments import Evidence, Moments, channel_moments, whole_moments
-from fastai_lsuv.rows import STATUSES
-from fastai_lsuv.status import DOUBTS, Status
+from fastai_lsuv.measure.doubts import ALIKE_SPREAD, doubt, mean_tolerance, samples_alike, unusual, varies
+from fastai_lsuv.measure.moments import Evidence, Moments, channel_moments, whole_moments
+from fastai_lsuv.report.rows import STATUSES
+from fastai_lsuv.units.status import DOUBTS, Status
 
 
 def resting_on(samples, top=0., spread=1., features=100, **told):
@@ -189,7 +189,7 @@ def test_what_sets_a_mini_batch_apart(batch, says):
 
 
 def test_a_part_of_a_mini_batch_may_hold_one_sample(monkeypatch):
-    monkeypatch.setattr('fastai_lsuv.doubts.several_ranks', lambda: True)
+    monkeypatch.setattr('fastai_lsuv.measure.doubts.several_ranks', lambda: True)
     assert unusual(torch.randn(1, 3, 8, 8)) == ''
 
 

@@ -22,7 +22,7 @@ from fastai_lsuv.experiments.starts import STARTS, fill, mirrored, start
 from fastai_lsuv.experiments.study import OUT, pair, pm, table
 from fastai_lsuv.experiments.thread import BEFORE, THREAD, thread
 from fastai_lsuv.experiments.why import DOCUMENT, normals, why
-from fastai_lsuv.loops import ORDERS
+from fastai_lsuv.measure.loops import ORDERS
 
 pytestmark = pytest.mark.usefixtures('axes')
 TINY = dict(n=64, size=8, width=.1, depth=.3)  # a small FitNet-4 on few small images
@@ -372,4 +372,4 @@ def test_the_papers_scale(monkeypatch):
     assert got == dict(bs=128, epochs=230, drops=[100, 150, 200], pixels=32)
     with pytest.raises(Stop): batchnorm(scale='paper', n=32, epochs=3)  # the beginning of the same schedule
     assert got == dict(bs=128, epochs=3, drops=[100, 150, 200], pixels=32)
-    with pytest.raises(InputError, match="--scale: got 'big'; it takes any of small, paper"): batchnorm(scale='big')
+    with pytest.raises(InputError, match="--scale: got 'big'; it takes any of small, quarter, paper"): batchnorm(scale='big')

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv.feed import Feed, join
+from fastai_lsuv.run.feed import Feed, join
 
 
 class Two(nn.Module):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastai_lsuv.generators import Generators
+from fastai_lsuv.keep.generators import Generators
 
 
 def draw(): return random.random(), np.random.rand(), torch.rand(1).item()

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastai_lsuv.hooks import hooked
-from fastai_lsuv.units import Unit
+from fastai_lsuv.observe.hooks import hooked
+from fastai_lsuv.units.units import Unit
 
 
 class Noting:

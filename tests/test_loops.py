@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_lsuv.loops import ORDERS, AffineMeter, parse_order, run_loops
-from fastai_lsuv.moments import channel_moments
+from fastai_lsuv.measure.loops import ORDERS, AffineMeter, parse_order, run_loops
+from fastai_lsuv.measure.moments import channel_moments
 
 one = lambda v: np.array([v])
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from checked import quietly
 from torch import nn
 
-from fastai_lsuv.generators import Generators
-from fastai_lsuv.loss import LossCheck
+from fastai_lsuv.keep.generators import Generators
+from fastai_lsuv.run.loss import LossCheck
 
 nan,inf = math.nan,math.inf
 

@@ -14,8 +14,8 @@ from reference import NoEnd, reference_init
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv.loops import ORDERS
-from fastai_lsuv.preinit import orthogonal_
+from fastai_lsuv.measure.loops import ORDERS
+from fastai_lsuv.start.preinit import orthogonal_
 
 SEQUENCES = [*ORDERS, 'mean', 'std mean std', 'mean+std std']
 

@@ -21,8 +21,8 @@ from torch import nn
 
 import fastai_lsuv
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, LSUVReport, layer_stats, lsuv_init
-from fastai_lsuv.report import STATUSES, Row
-from fastai_lsuv.rows import advice
+from fastai_lsuv.report.report import STATUSES, Row
+from fastai_lsuv.report.rows import advice
 
 FILE = Path(__file__).parent/'messages.md'
 SITUATIONS = {}

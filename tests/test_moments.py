@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastai_lsuv.moments import Evidence, channel_moments, first_tensor, pool, whole_moments
+from fastai_lsuv.measure.moments import Evidence, channel_moments, first_tensor, pool, whole_moments
 
 
 def by_numpy(x, dim):

@@ -11,9 +11,9 @@ from networks import Logged, Mod
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_init
-from fastai_lsuv.options import Options
-from fastai_lsuv.targets import Target
-from fastai_lsuv.units import Unit
+from fastai_lsuv.run.options import Options
+from fastai_lsuv.measure.targets import Target
+from fastai_lsuv.units.units import Unit
 
 # --- what is refused
 

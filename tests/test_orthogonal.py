@@ -7,9 +7,9 @@ from scipy.stats import ks_2samp, kstest
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_lsuv import orthogonal
-from fastai_lsuv.orthogonal import Deck, orthonormal
-from fastai_lsuv.preinit import orthogonal_
+from fastai_lsuv.start import orthogonal
+from fastai_lsuv.start.orthogonal import Deck, orthonormal
+from fastai_lsuv.start.preinit import orthogonal_
 
 SMALL = [(1, 1), (2, 2), (1, 9), (9, 1), (64, 27), (31, 31), (64, 64), (10, 4096)]  # By QR
 LARGE = [(128, 128), (127, 127), (256, 256), (64, 576), (576, 64), (2048, 512), (101, 1009)]  # By Fourier transforms
@@ -353,7 +353,7 @@ def test_no_tile_shows(rows, cols):
 
 def test_a_deck_keeps_what_comes_again_and_is_not_too_large(monkeypatch):
     deck = Deck([(8, 8), (8, 8), (4, 8), (64, 64), (64, 64)])
-    monkeypatch.setattr('fastai_lsuv.orthogonal._MOST_KEPT', 64)
+    monkeypatch.setattr('fastai_lsuv.start.orthogonal._MOST_KEPT', 64)
     for shape in [(8, 8), (4, 8), (64, 64), (5, 5)]: orthonormal(*shape, deck=deck)
     assert [tuple(k[:2]) for k in deck.kept] == [(8, 8)]
     orthonormal(8, 8, deck=deck)

@@ -9,10 +9,10 @@ from networks import NETWORKS, Mod, cnn
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv.discovery import Discovery
-from fastai_lsuv.options import Options
-from fastai_lsuv.passes import Passes
-from fastai_lsuv.selection import loose_parameters
+from fastai_lsuv.observe.discovery import Discovery
+from fastai_lsuv.run.options import Options
+from fastai_lsuv.run.passes import Passes
+from fastai_lsuv.units.selection import loose_parameters
 
 
 def counted(model):

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.preinit import deck_for, orthogonal_
-from fastai_lsuv.selection import find_units
+from fastai_lsuv.start.preinit import deck_for, orthogonal_
+from fastai_lsuv.units.selection import find_units
 
 
 # --- orthonormal weights

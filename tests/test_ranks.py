@@ -18,9 +18,9 @@ from learners import same, weights
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv import run as run_room
-from fastai_lsuv.moments import channel_moments, whole_moments
-from fastai_lsuv.ranks import pool_ranks
+from fastai_lsuv.run import run as run_room
+from fastai_lsuv.measure.moments import channel_moments, whole_moments
+from fastai_lsuv.parallel.ranks import pool_ranks
 
 slow = pytest.mark.slow  # starts two processes, which import fastai
 

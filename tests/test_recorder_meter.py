@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from recording import stats64
 
-from fastai_lsuv.moments import flat
+from fastai_lsuv.measure.moments import flat
 from fastai_lsuv.recorder.meter import LARGE, ActivationMeter, pool
 
 FASTAI = 40, 0., 10.

@@ -6,7 +6,7 @@ from recording import convnet, deep, fit, learner
 from torch import nn
 
 from fastai_lsuv.recorder import ActivationStatsRecorder
-from fastai_lsuv.plots import name_rows
+from fastai_lsuv.report.plots import name_rows
 from fastai_lsuv.recorder.drawing import depth_colors, outstanding
 from fastai_lsuv.recorder.layers import label_of
 

@@ -11,8 +11,8 @@ from networks import NETWORKS, cnn
 from torch import nn
 
 from fastai_lsuv import LSUVReport, layer_stats, lsuv_init
-from fastai_lsuv.report import STATUSES, Row
-from fastai_lsuv.rows import ADVICE
+from fastai_lsuv.report.report import STATUSES, Row
+from fastai_lsuv.report.rows import ADVICE
 
 nan = float('nan')
 

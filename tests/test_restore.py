@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastai_lsuv import restore
-from fastai_lsuv.restore import RestoreError, put_back, survey
-from fastai_lsuv.state import Copies, Snapshot
+from fastai_lsuv.keep import restore
+from fastai_lsuv.keep.restore import RestoreError, put_back, survey
+from fastai_lsuv.keep.state import Copies, Snapshot
 
 
 def no(*args, **kwargs): raise TypeError('it refuses writes')

@@ -7,8 +7,8 @@ from fingerprint import fingerprint
 from torch import nn
 
 from fastai_lsuv import lsuv_init
-from fastai_lsuv import run as room
-from fastai_lsuv.units import Unit
+from fastai_lsuv.run import run as room
+from fastai_lsuv.units.units import Unit
 
 
 def network(): return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 4)).eval()

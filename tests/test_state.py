@@ -15,7 +15,7 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv.state import Preserved, RestoreError, preserved
+from fastai_lsuv.keep.state import Preserved, RestoreError, preserved
 
 
 class Stateful(nn.Module):
@@ -405,7 +405,7 @@ def test_what_cannot_be_put_back_is_named_and_all_else_is_put_back(fails):
 
 
 def test_an_interrupt_in_the_restore_after_success_puts_the_weights_back_too(monkeypatch):
-    from fastai_lsuv import state
+    from fastai_lsuv.keep import state
     model, x = stateful()
     was, put_back = fingerprint(model), state.put_back
     def interrupted(items, beside=None):

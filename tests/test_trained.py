@@ -12,7 +12,7 @@ from fastai.vision.all import resnet18, unet_learner, vision_learner
 from learners import *
 
 from fastai_lsuv import LSUVCallback, lsuv_init
-from fastai_lsuv.selection import find_units
+from fastai_lsuv.units.selection import find_units
 
 AS_IT_WAS = 'LSUV left the model as it is: '
 

@@ -10,7 +10,7 @@ from networks import NETWORKS, Mod, cnn
 from torch import nn
 
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.selection import find_units, select_modules
+from fastai_lsuv.units.selection import find_units, select_modules
 
 # --- selection
 

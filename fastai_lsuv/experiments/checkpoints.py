@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from fastai.basics import Callback, DataLoaders
 
-from ..generators import Generators
+from ..keep.generators import Generators
 from .data import InputError
 
 __all__ = ['Checkpoint', 'epochs_so_far']

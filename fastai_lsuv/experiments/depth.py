@@ -6,7 +6,7 @@ import pandas as pd
 from fastcore.meta import delegates
 from fastcore.script import call_parse
 
-from ..loops import ORDERS
+from ..measure.loops import ORDERS
 from .networks import deep_relu
 from .options import ImageOptions
 from .starts import STARTS, start

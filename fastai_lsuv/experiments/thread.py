@@ -8,7 +8,7 @@ import pandas as pd
 from fastcore.script import call_parse
 
 from .. import layer_stats, lsuv_init
-from ..loops import ORDERS
+from ..measure.loops import ORDERS
 from .data import get_images
 from .networks import ConvLayer, lesson11
 from .starts import STARTS, fill

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..text import shortened
+from ..report.text import shortened
 
 __all__ = ['FEW', 'new_axes', 'grid_of', 'depth_colors', 'draw_lines', 'draw_target', 'draw_histograms', 'outstanding',
            'color_bar_of_grid', 'color_bar_of_layers', 'title_of', 'wants_log']

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..moments import first_tensor
+from ..measure.moments import first_tensor
 from .meter import ActivationMeter, Measure, pool
 from .records import Record
 

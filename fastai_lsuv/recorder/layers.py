@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..discovery import OperationUnit
-from ..text import shortened
-from ..selection import loose_parameters, select_modules
+from ..observe.discovery import OperationUnit
+from ..report.text import shortened
+from ..units.selection import loose_parameters, select_modules
 
 __all__ = ['RecordedLayer', 'Bound', 'find_layers', 'layers_of', 'label_of']
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..moments import flat
+from ..measure.moments import flat
 
 __all__ = ['ActivationMeter', 'BinCounter', 'Measure', 'pool', 'DEAD_BELOW', 'LARGE']
 

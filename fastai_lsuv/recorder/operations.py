@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditions import Functions
-from ..discovery import Discovery, OperationUnit
-from ..hooks import OperationHooks
-from ..operations import COPIES
-from ..selection import is_named, loose_parameters, names_in, names_module, select_modules
-from ..text import some_names
-from ..units import Unit
-from ..views import Source
+from ..observe.conditions import Functions
+from ..observe.discovery import Discovery, OperationUnit
+from ..observe.hooks import OperationHooks
+from ..observe.operations import COPIES
+from ..units.selection import is_named, loose_parameters, names_in, names_module, select_modules
+from ..report.text import some_names
+from ..units.units import Unit
+from ..observe.views import Source
 
 __all__ = ['RecordedOperations', 'ForwardWatch']
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plots import name_rows
+from ..report.plots import name_rows
 from .drawing import (FEW, color_bar_of_grid, color_bar_of_layers, depth_colors, draw_histograms, draw_lines,
                                draw_target, grid_of, new_axes, outstanding, title_of, wants_log)
 from .records import GRAD_COLUMNS, RecordStore

@@ -9,7 +9,7 @@ from typing_extensions import assert_type
 from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, LSUVReport, layer_stats, lsuv_init
 from fastai_lsuv.recorder.diagnosis import Diagnosis, Finding
 from fastai_lsuv.recorder.tables import Pairs
-from fastai_lsuv.report import STATUSES, NoReport, Row
+from fastai_lsuv.report.report import STATUSES, NoReport, Row
 
 model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
 batch = torch.randn(64, 8)

@@ -1,0 +1,5 @@
+"What was done to every layer, as a table, a picture and in sentences."
+from .report import LSUVReport, NoReport
+from .rows import STATUSES, Row
+
+__all__ = ['LSUVReport', 'NoReport', 'Row', 'STATUSES']
