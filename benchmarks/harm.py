@@ -29,7 +29,8 @@ from fastcore.script import call_parse
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastai_lsuv import layer_stats, lsuv_init
-from fastai_lsuv.units import status, units
+from fastai_lsuv import statuses
+from fastai_lsuv.units import unit as units
 from fastai_lsuv.measure.moments import first_tensor
 from _common import RESULTS, call, first_line, forward, markdown, networks, on_device, where
 
@@ -37,7 +38,7 @@ CLASSES = 4
 PAD = 1  # Token id that pads a text, as in fastai
 FAR = 2.  # A loss so many times that of before is harm
 DONE = 'ok', 'no bias'
-DOUBTS = {d.value for d in status.DOUBTS}
+DOUBTS = {d.value for d in statuses.DOUBTS}
 COLUMNS = ['network', 'kind', 'outcome', 'before', 'after', 'zeros', 'ratio', 'right', 'said', 'violation', 'in_vain',
            'with_loss', 'passes', 'seconds', 'error']
 

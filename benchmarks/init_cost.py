@@ -4,7 +4,7 @@ Each contestant works on a fresh copy of the model. Forward passes are timed jus
 is the time of the contestant over the mean time of these passes. The tables show the median of the ratios over the
 rounds.
 
-The correcting pass alone is one call of `fastai_lsuv.run.passes.Passes`, with the hooks that it attaches and removes. It
+The correcting pass alone is one call of `fastai_lsuv.run.Passes`, with the hooks that it attaches and removes. It
 does not include the other work of `lsuv_init`: finding the units, the copies for a rollback, the report and the
 verifying pass.
 
@@ -38,9 +38,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from _common import COLORS, IMAGES, PACKAGES, RESULTS, installed, label, markdown, passes_begun, timed, where
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.run.options import Options
-from fastai_lsuv.run.passes import Passes
-from fastai_lsuv.units.selection import find_units
+from fastai_lsuv.run import Kept, Options, Passes
+from fastai_lsuv.units import Selection
 
 
 # --- Models
@@ -147,9 +146,11 @@ MODELS = {
 def one_pass(model, x):
     "Do the work of `lsuv_init` up to its first pass, and return a function that runs the pass."
     given = {name: p.default for name, p in inspect.signature(lsuv_init).parameters.items()}
-    options,units = Options.of(given),find_units(model)
-    for u in units: u.target = options.target(u)
-    passes = Passes(model, units)
+    options = Options.of(given)
+
+    def prepare(u): u.target = options.target(u)
+
+    passes = Passes(model, Selection(model), prepare, Kept(model))
     model.train()
     return lambda: passes(x)
 
@@ -226,7 +227,7 @@ class Bench:
         torch.manual_seed(0)
         self.model = model.make(setting).to(device).train()
         self.scratch = copy.deepcopy(self.model)  # forward passes in training mode change its buffers
-        self.units = find_units(self.model)
+        self.n_layers = len(Selection(self.model).layers)
         self.ratios,self.seconds,self.passes,self.failed = {},{},{},{}
         self.forwards,self.peaks = [],None
         for _ in range(2):
@@ -273,7 +274,7 @@ class Bench:
 
     def measure_memory(self):
         "The peaks of a forward pass and of `lsuv_init`, and the size of the units' weights and biases."
-        weights = {p for u in self.units for p in u.layer.parameters()}
+        weights = set(self.model.parameters())
         model = copy.deepcopy(self.model)
         self.peaks = dict(
             forward=peak_bytes(self.forward, self.device),
@@ -297,7 +298,7 @@ def write_csv(benches, path):
         for b in benches:
             for name, ratios in b.ratios.items():
                 seconds,forward = statistics.median(b.seconds[name]),statistics.median(b.forwards)
-                w.writerow([b.title, len(b.units), CONTESTANTS[name].title, len(ratios), b.passes[name],
+                w.writerow([b.title, b.n_layers, CONTESTANTS[name].title, len(ratios), b.passes[name],
                             f'{seconds:.4f}', f'{forward:.4f}',
                             f'{b.ratio(name):.3f}', f'{min(ratios):.3f}', f'{max(ratios):.3f}'])
 
@@ -308,7 +309,7 @@ def time_table(benches, names):
         if name in b.failed: return 'fails'
         if name not in b.ratios: return '-'
         return f'{b.ratio(name):.{0 if CONTESTANTS[name].peer else 2}f}'
-    rows = [[b.title, len(b.units), f'{1e3*statistics.median(b.forwards):.0f}', *(cell(b, n) for n in names)]
+    rows = [[b.title, b.n_layers, f'{1e3*statistics.median(b.forwards):.0f}', *(cell(b, n) for n in names)]
             for b in benches]
     return markdown(['', 'layers', 'a forward, ms', *(CONTESTANTS[n] for n in names)], rows)
 
@@ -367,7 +368,7 @@ def picture(benches, names, path):
             ax.barh(y, v - 0.5, left=0.5, height=0.88, color=contestant.color, label=str(contestant))
             ax.text(v*1.04, y, f'{v:.1f}' if v < 10 else f'{v:.0f}', va='center', fontsize=8)
     middles = [i*gap + (len(names) - 1)/2 for i in range(len(benches))]
-    titles = [b.title if '-layer' in b.title else f'{b.title}\n({len(b.units)} layers)' for b in benches]
+    titles = [b.title if '-layer' in b.title else f'{b.title}\n({b.n_layers} layers)' for b in benches]
     ax.set_yticks(middles, titles)
     ax.tick_params(axis='y', length=0)
     longest = max(b.ratio(name) for b in benches for name in b.ratios)

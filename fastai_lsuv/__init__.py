@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .learner.callback import LSUVCallback
+    from .learner import LSUVCallback
     from .lsuv import layer_stats, lsuv_init
     from .recorder import ActivationStatsRecorder
-    from .report.report import LSUVReport
+    from .report import LSUVReport
 
 __version__ = '0.1.0'
 __all__ = ['LSUVCallback', 'ActivationStatsRecorder', 'lsuv_init', 'layer_stats', 'LSUVReport']
 
-_ROOMS = {'LSUVCallback': 'learner.callback', 'ActivationStatsRecorder': 'recorder', 'lsuv_init': 'lsuv', 'layer_stats': 'lsuv',
-          'LSUVReport': 'report.report'}
+_ROOMS = {'LSUVCallback': 'learner', 'ActivationStatsRecorder': 'recorder', 'lsuv_init': 'lsuv',
+          'layer_stats': 'lsuv', 'LSUVReport': 'report'}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,8 +25,8 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f'.{_ROOMS[name]}', __name__), name)
 
 
-def __dir__() -> list[str]: return sorted({*globals(), *__all__})
+def __dir__() -> list[str]: return sorted(__all__)
 
 
 # Whoever has loaded fastai may call `learn.lsuv_init()`, which comes with the callback.
-if 'fastai.learner' in sys.modules: import_module('.learner.callback', __name__)
+if 'fastai.learner' in sys.modules: import_module('.learner', __name__)

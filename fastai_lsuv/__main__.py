@@ -1,6 +1,6 @@
 """The quick demonstration: `python -m fastai_lsuv`.
 
-It trains a conv net on scikit-learn's digits, without LSUV and with LSUV in every order."""
+It trains a conv net on scikit-learn's digits: without LSUV, with LSUV in every order, and from mirrored weights."""
 from __future__ import annotations
 
 import sys
@@ -11,25 +11,14 @@ from tempfile import TemporaryDirectory
 import matplotlib
 import pandas as pd
 import torch
-from fastai.basics import SGD, Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, progress_bar, set_seed
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, Learner, accuracy, progress_bar, set_seed
 from torch import nn
 
 from . import ActivationStatsRecorder, LSUVCallback, LSUVReport, layer_stats, lsuv_init
-from .experiments.data import digits as digits  # pages import it from here
-from .experiments.data import loaders, split_digits
-from .experiments.networks import ConvLayer, lesson11
-from .experiments.study import pair, run_command
-from .measure.loops import ORDERS, parse_order
+from .demo import ConvLayer, digits_dls, lesson11, pair, run_command
+from .measure import ORDERS, parse_order
 
-WITHOUT = 'without LSUV'
-
-
-def digits_dls(
-    bs: int = 64,  # Batch size
-    valid: int = 360  # Images to validate on
-) -> DataLoaders:
-    "`digits` in DataLoaders, split at random. The split is always the same."
-    return loaders(*split_digits(valid=valid), bs=bs, val_bs=256, device='cpu')
+WITHOUT,MIRRORED = 'without LSUV','mirrored'
 
 
 def show_pairs(title: str, report: LSUVReport) -> None:
@@ -89,11 +78,13 @@ def trained(arm: str, x: torch.Tensor, epochs: int, lr: float, bs: int, seed: in
     "The layers of one arm at its start, as the mini-batch `x` shows them, and its Learner after training."
     set_seed(seed, reproducible=True)
     model = lesson11()
+    # The thread measures each layer after its activation. A mirrored start needs the outputs of the convs themselves.
+    options = dict(preinit='mirrored') if arm == MIRRORED else dict(order=arm, modules=ConvLayer)
     if arm == WITHOUT: report = layer_stats(model, x, modules=ConvLayer)
-    else: report = lsuv_init(lesson11(), x, order=arm, modules=ConvLayer)
+    else: report = lsuv_init(lesson11(), x, **options)
     set_seed(seed, reproducible=True)
     recorder = ActivationStatsRecorder(modules=ConvLayer)
-    cbs = [recorder] if arm == WITHOUT else [LSUVCallback(order=arm, modules=ConvLayer), recorder]
+    cbs = [recorder] if arm == WITHOUT else [LSUVCallback(**options), recorder]
     learn = make_learner(model, bs, cbs)
     with learn.no_logging(), learn.no_bar(): learn.fit(epochs, lr)
     return report, learn
@@ -121,7 +112,7 @@ def main(
     seed: int = 1,  # Of the weights and the batches, the same for each arm
     out: str = 'lsuv_demo.png'  # Picture to write
 ) -> None:
-    """Train the lesson-11 network on scikit-learn's digits, without LSUV and with LSUV in every order.
+    """Train the lesson-11 network on scikit-learn's digits: without LSUV, with LSUV in every order, and mirrored.
 
     Prints the (mean, std) pairs that each order leaves, accuracy by epoch, and what the recorder finds in the
     activations. Saves a picture of the first two."""
@@ -135,13 +126,14 @@ def main(
     stats: dict[str, LSUVReport] = {}
     accs: dict[str, list[float]] = {}
     verdicts: dict[str, str] = {}
-    for arm in progress_bar([WITHOUT, *arms]):
+    for arm in progress_bar([WITHOUT, *arms, MIRRORED]):
         stats[arm],learn = trained(arm, x, epochs, lr, bs, seed)
         accs[arm] = [row[-1] for row in learn.recorder.values]
         verdicts[arm] = str(learn.activation_stats_recorder.diagnose())
 
     for arm, report in stats.items():
-        show_pairs(f'{arm}, as PyTorch starts it' if arm == WITHOUT else f'order="{arm}"', report)
+        titles = {WITHOUT: f'{arm}, as PyTorch starts it', MIRRORED: 'preinit="mirrored"'}
+        show_pairs(titles.get(arm, f'order="{arm}"'), report)
     acc = pd.DataFrame(accs, index=pd.RangeIndex(1, epochs + 1, name='epoch'))
     unseen = len(learn.dls.valid_ds)
     print(f'\nAccuracy on {unseen} unseen digits, by epoch\n{acc.to_string(float_format="{:.3f}".format)}')

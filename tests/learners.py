@@ -14,7 +14,7 @@ from torch import nn
 
 from fastai_lsuv import LSUVCallback
 from fastai_lsuv.learner.batches import model_inputs, no_trace
-from fastai_lsuv.units.selection import find_units
+from fastai_lsuv.units import Ref, Selection
 
 
 # --- data
@@ -102,9 +102,14 @@ def notes(learn):
 
 def units_and_notes(learn):
     "What LSUV may change: the weights and biases of the units, and its own notes."
-    units = find_units(learn.model, learn.lsuv.options['modules'])
-    tensors = [r.tensor for u in units for r in u.refs if r.tensor is not None]
-    return [*tensors, *notes(learn)]
+    return [*unit_parameters(learn.model, learn.lsuv.options['modules']), *notes(learn)]
+
+
+def unit_parameters(model, modules=None):
+    "The weights and biases of layers, and of the blocks that `modules` selects."
+    chosen = Selection(model, modules)
+    of_layers = [p for _, m in chosen.layers for p in m.parameters(False)]
+    return [*of_layers, *(r.param for u in chosen.blocks for r in u.refs if isinstance(r, Ref))]
 
 
 def disturbed(make):

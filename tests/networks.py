@@ -368,13 +368,6 @@ def _():
     return m, torch.randint(0, 50, (32, 7))
 
 
-@network('hand/shared_weight', b='tied')  # two layers hold one parameter; the one that runs first has it
-def _():
-    m = Mod(lambda self, x: self.b(3*F.relu(self.a(x))), a=nn.Linear(16, 16), b=nn.Linear(16, 16))
-    m.b.weight = m.a.weight
-    return m, torch.randn(64, 16)
-
-
 @network('hand/weight_norm')
 def _():
     old,new = torch.nn.utils.weight_norm,torch.nn.utils.parametrizations.weight_norm
@@ -443,7 +436,7 @@ def _():
     return nn.Sequential(*layers), images(16, 12)
 
 
-@network('hand/fed_zeros', after='constant')  # by a zero-initialized norm
+@network('hand/fed_zeros', after='no signal')  # by a zero-initialized norm
 def _():
     def forward(self, x):
         x = self.stem(x)

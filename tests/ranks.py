@@ -40,7 +40,16 @@ def pooled(rank):
     "Each rank has its own half, its own seed, and its own weights to begin with."
     set_seed(rank)
     m = model()
-    lsuv_init(m, batch().chunk(2)[rank])
+    lsuv_init(m, batch().chunk(2)[rank], preinit='orthogonal')
+    return weights(m)
+
+
+@case
+def mirrored(rank):
+    "Every rank mirrors the same layers, with the same random numbers."
+    set_seed(rank)
+    m = model()
+    lsuv_init(m, batch().chunk(2)[rank], preinit='mirrored')
     return weights(m)
 
 

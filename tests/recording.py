@@ -25,10 +25,10 @@ def digits(n=96, valid=40, bs=16, shape=(1, 8, 8), shuffle=True, tfm=lambda x: x
     return DataLoaders(train, test, device='cpu')
 
 
-def convnet(inplace=True, nf=8):
-    "Three recorded layers: '0', '2' and '7'."
+def convnet(inplace=True, nf=8, norm=nn.Identity):
+    "Three recorded layers: '0', '2' and '7'; and '3' if that is a norm layer."
     return nn.Sequential(nn.Conv2d(1, nf, 3, padding=1), nn.ReLU(inplace), nn.Conv2d(nf, nf, 3, stride=2, padding=1),
-                         nn.BatchNorm2d(nf), nn.ReLU(inplace), nn.Dropout(0.3), nn.Flatten(), nn.Linear(nf*16, 10))
+                         norm(nf), nn.ReLU(inplace), nn.Dropout(0.3), nn.Flatten(), nn.Linear(nf*16, 10))
 
 
 def mlp(act=nn.ReLU):

@@ -73,7 +73,7 @@ def images(n=32): return torch.randn(n, 3, 16, 16, generator=torch.Generator().m
 
 NETWORKS = dict(blocks=(blocks, sequences), convs=(convs, images), twice=(Twice, sequences), tied=(tied, sequences),
                 attention=(Attention, sequences), normed=(normed, sequences), large=(large, sequences))
-OPTIONS = dict(start={}, kept=dict(preinit=None), channels=dict(per_channel=True),
+OPTIONS = dict(start=dict(preinit='orthogonal'), kept={}, channels=dict(per_channel=True, preinit='orthogonal'),
                function=dict(preinit=lambda layer: nn.init.kaiming_normal_(layer.weight)))
 
 
@@ -252,7 +252,7 @@ def meta(rank):
     for c in m.modules():
         if hasattr(c, 'reset_parameters'): c.reset_parameters()
     torch.manual_seed(rank)
-    report = lsuv_init(m, mine(sequences(), 'blocks'))
+    report = lsuv_init(m, mine(sequences(), 'blocks'), preinit='orthogonal')
     return said, full(m), report.ok
 
 
@@ -261,7 +261,7 @@ def half_precision(rank):
     "The shards are float32, and the forward runs in bfloat16."
     m = sharded(network('blocks'), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     torch.manual_seed(rank)
-    report = lsuv_init(m, mine(sequences(), 'blocks'))
+    report = lsuv_init(m, mine(sequences(), 'blocks'), preinit='orthogonal')
     return full(m), report.ok, [p.dtype for p in m.parameters()]
 
 

@@ -12,6 +12,7 @@ from fastai_lsuv import lsuv_init
 from fastai_lsuv.report.rows import OUTSIDE
 
 MOST_PASSES = 5
+MORE_PASSES = {'hand/recurrent_residual': 8}  # Two layers in one loop, each called four times
 SHARE_REACHED = 0.985
 
 
@@ -38,7 +39,7 @@ def test_what_the_report_says(name):
     for r in report:
         if r.name in stds and r.status in ('ok', 'no bias'):
             assert r.std == pytest.approx(stds[r.name], abs=0.1)  # some drop at random
-    assert report.n_passes <= MOST_PASSES and report.ok == (not network.statuses)
+    assert report.n_passes <= MORE_PASSES.get(name, MOST_PASSES) and report.ok == (not network.statuses)
     assert sum('LSUV did not normalize' in str(w.message) for w in said) == bool(network.statuses)
 
 
@@ -49,7 +50,7 @@ def check_coverage(model, report):
     assert in_rows | report.outside.keys() == sizes.keys() and not in_rows & report.outside.keys()
     assert set(report.outside.values()) <= OUTSIDE.keys()
     assert report.coverage == pytest.approx(sum(sizes[n] for n in in_rows)/sum(sizes.values()))
-    assert (report.coverage < 0.99) == ('% of the weights' in str(report).splitlines()[0])
+    assert (report.coverage < 0.99) == ('% of the weights' in report.summary)
 
 
 def test_the_table_holds_enough():

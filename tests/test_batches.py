@@ -594,3 +594,41 @@ def test_a_failure_anywhere_leaves_everything_as_it_was():
         trap.point = None
         learn.fit(1)
         assert learn.lsuv.report and same(weights(learn.model), clean), (came_by[at], at)
+
+
+class Counts:
+    "A dataset that counts."
+    def __init__(self, n): self.n,self.items = n,images()
+    def __len__(self): return 64
+    def __getitem__(self, i):
+        if isinstance(i, slice): return self.items[i]
+        x,y = self.items[i]
+        return counted(self.n, x), y
+
+
+class CountsTransform(RandTransform):
+    split_idx = None
+    def __init__(self, n):
+        self.n = n
+        super().__init__()
+    def encodes(self, x: torch.Tensor): return counted(self.n, x) if x.is_floating_point() else x
+
+
+def counted(n, x):
+    held = n['n'] if isinstance(n, dict) else n[0] if isinstance(n, list) else n
+    held += 1
+    return x + held.item()/100
+
+
+@pytest.mark.parametrize('counter', [lambda: torch.zeros(()), lambda: np.zeros(1), lambda: [torch.zeros(1)],
+                                     lambda: {'n': np.zeros(())}])
+@pytest.mark.parametrize('where', ['dataset', 'item transform', 'batch transform'])
+def test_what_counts_in_a_tensor_or_an_array(counter, where):
+    def make(cbs):
+        set_seed(0)
+        if where == 'dataset': return learner(loaders(Counts(counter())), cbs=cbs)
+        train = TfmdDL(images(), bs=16, shuffle=True, num_workers=0)
+        (train.after_item if where == 'item transform' else train.after_batch).add(CountsTransform(counter()))
+        return learner(DataLoaders(train, DataLoader(images(), bs=16)), cbs=cbs)
+    (_,with_it,_),(_,without,_) = fed(make, [LSUVCallback()]),fed(make, [])
+    assert same(with_it, without)

@@ -190,10 +190,10 @@ def test_harm_names_what_a_bad_batch_does(benchmark, tmp_path, capsys):
     assert kinds == ['good', 'sorted by class', 'padding']
     good,tiny = found['hand/pruned', 'good'], found['hand/pruned', 'tiny (1e-4)']
     assert float(good['ratio']) < 2 and float(good['right']) == 1 and good['said'] == ''
-    assert float(tiny['ratio']) > 1000 and tiny['violation'] == '0'
-    assert tiny['said'] == '0 by 1e+4; mini-batch: its std is 9.9e-05'
+    assert float(tiny['ratio']) > 2 and tiny['violation'] == '0'
+    assert tiny['said'] == '0: unresponsive; 2 by 1e+2; mini-batch: its std is 9.9e-05'
     assert found['hand/pruned', 'padding']['said'] == (
-        '0: constant; 2: constant; mini-batch: its samples are alike and its std is 0')
+        '0: alike; 2: alike; mini-batch: its samples are alike and its std is 0')
     assert '| **tiny (1e-4)** | 1 | 0 |' in capsys.readouterr().out
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from fastai_lsuv.experiments import benefit as study
-from fastai_lsuv.experiments import tasks
-from fastai_lsuv.experiments.benefit import COMMON, MIRRORED, SCALES, STARTS, arms, benefit, steps_to
-from fastai_lsuv.experiments.data import InputError, get_images
-from fastai_lsuv.experiments.ledger import Ledger
-from fastai_lsuv.experiments.signal import begun, between_samples, by_layer, signal, summary
-from fastai_lsuv.experiments.verdict import at_best_rate, behind, compared, counts, gains, picture, rates, scores, steps
-from fastai_lsuv.experiments.zoo import GPT, ZOO, _resnet
+from experiments import benefit as study
+from experiments import tasks
+from experiments.benefit import COMMON, MIRRORED, SCALES, STARTS, arms, benefit, steps_to
+from experiments.data import InputError, get_images
+from experiments.ledger import Ledger
+from experiments.signal import begun, between_samples, by_layer, signal, summary
+from experiments.verdict import at_best_rate, behind, compared, counts, gains, picture, rates, scores, steps
+from experiments.zoo import GPT, ZOO, _resnet
 
 pytestmark = pytest.mark.usefixtures('axes')
 RATES = {'Adam': [.001, .01], 'SGD': [.1]}

@@ -329,7 +329,48 @@ def test_what_was_left_alone_is_said():
     learn = learner(cbs=LSUVCallback())
     learn.model[3].requires_grad_(False)
     learn.fit(1)
-    assert len(said(learn)) == 1 and "frozen" in said(learn)[0] and said(learn)[0].endswith(': 3.')
+    line, = said(learn)
+    assert '- frozen: 3. ' in line and 'The frozen layers look new: `learn.unfreeze()` and' in line
+
+
+def test_a_model_of_embeddings_is_left_and_the_fit_goes_on():
+    class Dot(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.users,self.items = nn.Embedding(5, 4),nn.Embedding(5, 4)
+        def forward(self, x): return (self.users(x[:, 0])*self.items(x[:, 1])).sum(1)
+    rows = [(torch.randint(0, 5, (2,)), torch.rand(())) for _ in range(64)]
+    learn = learner(loaders(rows), Dot(), cbs=LSUVCallback(), loss_func=nn.MSELoss())
+    learn.fit(1)
+    assert len(learn.recorder.losses) == 4
+    line, = said(learn)
+    assert line.startswith('LSUV left the model as it is: Dot has no conv') and '`modules`' not in line
+    assert repr(learn.lsuv.report) == line
+    with pytest.raises(ValueError, match='there is nothing to normalize'): learn.lsuv_init()
+
+
+def test_one_half_of_a_gan():
+    from fastai.vision.gan import GANLearner
+    generator = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 27))
+    critic = nn.Sequential(nn.Linear(27, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0))
+    rows = [(torch.randn(8), torch.randn(27)) for _ in range(64)]
+    learn = quiet(GANLearner.wgan(loaders(rows), generator, critic, cbs=LSUVCallback()))
+    with learn.no_logging(): learn.lsuv_init()
+    assert learn.lsuv.unsaid.endswith('initialize the generator before the fit, by '
+                                      '`lsuv_init(learn.model.generator, x)` with a mini-batch of its inputs.')
+
+
+def test_a_loader_that_does_not_shuffle_is_named_where_its_mini_batches_differ():
+    rows = [((1 + 9*c)*torch.randn(8), c) for c in range(4) for _ in range(32)]
+    def train(**kwargs): return DataLoaders(DataLoader(rows, bs=16, **kwargs), DataLoader(rows, bs=16))
+    def log(dls):
+        model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        learn = learner(dls, model, cbs=LSUVCallback(preinit='orthogonal', max_iter=1, force=True))
+        learn.fit(1)
+        return said(learn)[0]
+    hint = 'The training DataLoader does not shuffle'
+    in_order = log(train(shuffle=False))
+    assert ' off ' in in_order and hint in in_order and hint not in log(train(shuffle=True))
 
 
 def test_the_report_before_a_fit_says_what_to_do():

@@ -75,8 +75,6 @@ def test_what_has_no_words_is_found():
 def test_docstrings_name_their_sources():
     for words in ('Mishkin & Matas', 'ICLR 2016', 'Raises'):
         assert words in fastai_lsuv.lsuv_init.__doc__
-    for status in fastai_lsuv.report.STATUSES:
-        assert f'"{status}"' in fastai_lsuv.LSUVReport.__doc__
 
 
 # --- README and its kind
@@ -86,8 +84,7 @@ def blocks(language): return re.findall(rf'```{language}\n(.*?)```', (ROOT/'READ
 
 def test_readme_code_runs(tmp_path, monkeypatch, axes):
     from fastai.basics import CrossEntropyLossFlat, DataLoaders, set_seed
-    from fastai_lsuv.__main__ import digits_dls
-    from fastai_lsuv.experiments.networks import lesson11
+    from fastai_lsuv.demo import digits_dls, lesson11
     monkeypatch.chdir(tmp_path)
     set_seed(1, reproducible=True)
     class Digits(list):

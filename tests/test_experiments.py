@@ -9,19 +9,20 @@ import torch
 from fastcore.docments import docments
 from torch import nn
 
-from fastai_lsuv.experiments.__main__ import EXPERIMENTS, main
-from fastai_lsuv.experiments.activations import activations, cell
-from fastai_lsuv.experiments.batchnorm import batchnorm, how_far, step_cost
-from fastai_lsuv.experiments.batchsize import batchsize, summary
-from fastai_lsuv.experiments.checkpoints import Checkpoint, epochs_so_far
-from fastai_lsuv.experiments.data import InputError
-from fastai_lsuv.experiments.depth import best, depth
-from fastai_lsuv.experiments.networks import deep_relu, fitnet4
-from fastai_lsuv.experiments.port import PORT, WITH, WITHOUT, port
-from fastai_lsuv.experiments.starts import STARTS, fill, mirrored, start
-from fastai_lsuv.experiments.study import OUT, pair, pm, table
-from fastai_lsuv.experiments.thread import BEFORE, THREAD, thread
-from fastai_lsuv.experiments.why import DOCUMENT, normals, why
+from experiments.__main__ import EXPERIMENTS, main
+from experiments.activations import activations, cell
+from experiments.batchnorm import batchnorm, how_far, step_cost
+from experiments.batchsize import batchsize, summary
+from experiments.checkpoints import Checkpoint, epochs_so_far
+from experiments.data import InputError
+from experiments.depth import best, depth
+from experiments.networks import deep_relu, fitnet4
+from experiments.port import PORT, WITH, WITHOUT, port
+from experiments.starts import STARTS, fill, mirrored, start
+from experiments.study import OUT, pm, table
+from experiments.thread import BEFORE, THREAD, thread
+from experiments.why import DOCUMENT, normals, why
+from fastai_lsuv.demo import pair
 from fastai_lsuv.measure.loops import ORDERS
 
 pytestmark = pytest.mark.usefixtures('axes')
@@ -264,7 +265,7 @@ def test_help_lists_the_options(name, capsys):
     with pytest.raises(SystemExit) as e:
         main([name, '--help'])
     said = capsys.readouterr().out
-    assert e.value.code == 0 and f'usage: python -m fastai_lsuv.experiments {name}' in said
+    assert e.value.code == 0 and f'usage: python -m experiments {name}' in said
     for option in ('--seeds', '--out'):
         assert option in said
     assert name == 'why' or '--data' in said and '--download' in said and '--n ' in said
@@ -300,7 +301,7 @@ def test_a_command(tmp_path, capsys):
 def test_the_mirrored_arm(arm, times, monkeypatch):
     began = []
     def spy(model): began.append(mirrored(model))
-    monkeypatch.setattr('fastai_lsuv.experiments.starts.mirrored', spy)
+    monkeypatch.setattr('experiments.starts.mirrored', spy)
     df = batchnorm(epochs=1, seeds=1, rounds=1, arms=arm, bs=32, out='', **TINY)
     assert len(began) == times and df.arm.tolist() == [arm]
 
@@ -356,7 +357,7 @@ def stopping(after):
 def test_the_learning_rate_drops(monkeypatch):
     seen = []
     def after_train(self): seen.append(self.opt.hypers[0]['lr'])
-    monkeypatch.setattr('fastai_lsuv.experiments.study._Epochs.after_train', after_train)
+    monkeypatch.setattr('experiments.study._Epochs.after_train', after_train)
     batchnorm(epochs=4, seeds=1, arms='neither', rounds=1, bs=32, lr=.5, drops='1,3', out='', **TINY)
     assert seen == pytest.approx([.5, .05, .05, .005])
 
@@ -367,9 +368,10 @@ def test_the_papers_scale(monkeypatch):
     def runs(images, bs, n, epochs, drops, checkpoints):
         got.update(bs=bs, epochs=epochs, drops=drops, pixels=images.train[0].shape[-1])
         raise Stop
-    monkeypatch.setattr('fastai_lsuv.experiments.batchnorm.Runs', runs)
+    monkeypatch.setattr('experiments.batchnorm.Runs', runs)
     with pytest.raises(Stop): batchnorm(scale='paper', n=32)
     assert got == dict(bs=128, epochs=230, drops=[100, 150, 200], pixels=32)
     with pytest.raises(Stop): batchnorm(scale='paper', n=32, epochs=3)  # the beginning of the same schedule
     assert got == dict(bs=128, epochs=3, drops=[100, 150, 200], pixels=32)
-    with pytest.raises(InputError, match="--scale: got 'big'; it takes any of small, quarter, paper"): batchnorm(scale='big')
+    with pytest.raises(InputError, match="--scale: got 'big'; it takes any of small, quarter, paper"):
+        batchnorm(scale='big')

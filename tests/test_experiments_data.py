@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastai_lsuv.experiments import data as data_module
-from fastai_lsuv.experiments.data import InputError, get_images, read_idx
-from fastai_lsuv.experiments.networks import ACTIVATIONS, Maxout, Residual, deep_relu, fitnet4, torch_port
+from experiments import data as data_module
+from experiments.data import InputError, get_images, read_idx
+from experiments.networks import ACTIVATIONS, Maxout, Residual, deep_relu, fitnet4, torch_port
 
 
 def layers(model, *kinds):

@@ -265,3 +265,30 @@ def test_inputs_without_samples_are_not_joined():
     net,pos = Mod(forward, lin=nn.Linear(16, 10)),torch.randn(10)
     alike = [(torch.randn(1, 16).repeat(8, 1), pos) for _ in range(3)]
     assert [r.shape for r in quietly(net, alike)] == [(8, 10)]
+
+
+# --- graphs, and too few samples
+
+class Graph:
+    "A batch of graphs as torch_geometric has them: it can be iterated, and has a `to`."
+    def __init__(self, x): self.x = x
+    def __iter__(self): return iter([('x', self.x), ('n', 1)])
+    def to(self, device): return Graph(self.x.to(device))
+
+
+@pytest.mark.parametrize('batches', [lambda g: g, lambda g: [g], lambda g: iter([g])])
+def test_a_graph_is_one_input(batches):
+    net = Mod(lambda self, g: self.lin(g.x), lin=nn.Linear(16, 8))
+    report = lsuv_init(net, batches(Graph(torch.randn(64, 16))))
+    assert report.ok and report[0].shape == (64, 8)
+
+
+@pytest.mark.parametrize('net, x, n', [
+    (nn.Linear(16, 32), torch.randn(16), 1),
+    (nn.Linear(16, 32), torch.randn(2, 16), 2),
+    (nn.Conv2d(3, 8, 3), torch.randn(3, 12, 12), 3),
+])
+def test_too_few_samples_are_mentioned(net, x, n):
+    with pytest.warns(UserWarning, match=rf'a tensor of shape .* is taken for {n} sample.*`x\[None\]`') as said:
+        lsuv_init(net, x)
+    assert said[0].filename == __file__

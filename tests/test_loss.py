@@ -1,6 +1,8 @@
 "The training loss before and after, and what it says against the result."
 import math
 import random
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from checked import quietly
 from torch import nn
 
+from fastai_lsuv import lsuv_init
 from fastai_lsuv.keep.generators import Generators
 from fastai_lsuv.run.loss import LossCheck
 
@@ -17,11 +20,12 @@ nan,inf = math.nan,math.inf
 
 @pytest.mark.parametrize('before, constant, after, fails', [
     (1., nan, 1., False),
-    (1., nan, 4.9, False),
-    (1., nan, 5.1, True),
-    (1., 0.5, 5.1, True),
-    (1., 2., 9.9, False),  # predicting zeros is worse than the start
-    (1., 2., 10.1, True),
+    (1., nan, 3.9, False),
+    (1., nan, 4.1, True),
+    (1., 0.5, 4.1, True),
+    (1., 2., 7.9, False),  # predicting zeros is worse than the start
+    (1., 2., 8.1, True),
+    (1.6, 1.61, 7.9, True),
     (1., inf, 5.1, True),
     (1., nan, inf, True),
     (1., nan, nan, True),
@@ -153,7 +157,7 @@ def test_a_loss_that_is_not_defined_at_zeros_is_taken_all_the_same():
 def test_the_output_is_not_kept():
     check = LossCheck(nn.Linear(3, 2), lambda model: model(torch.randn(8, 3)).mean())
     check.take_before()
-    assert check.out is None
+    assert check.outs == []
 
 
 def test_a_loss_that_cannot_be_taken_any_more_puts_the_weights_back():
@@ -179,4 +183,127 @@ def test_zeros_may_be_the_best_prediction():
     report = quietly(net, x, loss=lambda model: model(x).square().mean())
     assert {r.status for r in report} == {'undone'}
     kept = quietly(net, x, loss=lambda model: model(x).square().mean(), force=True)
-    assert 'after (far worse, and kept with `force=True`).' in kept.summary and kept.ok
+    assert ' (far worse, and kept with `force=True`).' in kept.summary and kept.ok
+
+
+# --- a model that returns its own loss
+
+class Own(nn.Module):
+    "Its loss grows with the sixth power of its output."
+    def __init__(self, form):
+        super().__init__()
+        self.a,self.b,self.form = nn.Linear(16, 64),nn.Linear(64, 10),form
+    def forward(self, x, labels=None):
+        z = self.b(F.relu(self.a(x)))**6*100
+        losses = (z - labels[:, None]).square().mean(1) if labels is not None else z.square().mean(1)
+        return self.form(losses, z)
+
+
+@pytest.mark.parametrize('form', [
+    pytest.param(lambda losses, z: losses.mean(), id='the loss'),
+    pytest.param(lambda losses, z: losses, id='a loss a sample'),
+    pytest.param(lambda losses, z: (losses.mean(), z), id='a tuple'),
+    pytest.param(lambda losses, z: {'loss': losses.mean(), 'logits': z}, id='a dict'),
+    pytest.param(lambda losses, z: {'loss': losses, 'logits': z}, id='a dict, a loss a sample'),
+])
+def test_a_far_worse_model_that_returns_its_own_loss_is_put_back(form):
+    net,x = Own(form),torch.randn(64, 16)
+    def loss(model):
+        out = model(x)
+        return (out['loss'] if isinstance(out, dict) else out[0] if isinstance(out, tuple) else out).mean()
+    was = net.a.weight.detach().clone()
+    report = quietly(net, x, loss=loss)
+    assert report.undone and torch.equal(net.a.weight, was)
+
+
+@pytest.mark.parametrize('form', [
+    pytest.param(lambda losses, z: {'loss': losses.mean(), 'logits': z}, id='an item'),
+    pytest.param(lambda losses, z: SimpleNamespace(loss=losses.mean(), logits=z), id='an attribute'),
+    pytest.param(lambda losses, z: {'near': losses.mean(), 'far': losses.max()}, id='a dict of losses'),
+])
+def test_the_loss_that_a_model_returns_for_labels_is_taken_by_default(form):
+    net,x,labels = Own(form),torch.randn(64, 16),torch.zeros(64)
+    out = net(x, labels)
+    want = out.loss if not isinstance(out, dict) else out['loss'] if 'loss' in out else sum(out.values())
+    report = quietly(net, dict(x=x, labels=labels))
+    assert report.undone and report.loss[0] == pytest.approx(want.item())
+
+
+def test_labels_without_a_loss_are_no_reason_to_speak():
+    report = quietly(Own(lambda losses, z: z), dict(x=torch.randn(64, 16), labels=torch.zeros(64)))
+    assert report.ok and report.loss is None and not report.loss_note
+
+
+def test_a_loss_that_calls_the_model_twice():
+    model,(x,y) = nn.Linear(3, 2),torch.randn(2, 8, 3)
+    check = LossCheck(model, lambda model: (model(x) - model(y)).square().mean() + 1)
+    check.take_before()
+    a,b = model(x),model(y)
+    assert check.constant == 1 and check.same == pytest.approx(1 + (a.mean(0) - b.mean(0)).square().mean().item())
+
+
+# --- whether a model looks trained
+
+def mlp(init=None):
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    if init is not None:
+        for m in net[::2]: init(m.weight)
+    return net
+
+
+def task(n=64, regression=False):
+    x = torch.randn(n, 8)
+    y = (x @ torch.linspace(-1, 1, 8))
+    return (x, y[:, None].expand(n, 3), F.mse_loss) if regression else (x, (y > 0).long() + (y > 1), F.cross_entropy)
+
+
+def trained(net, steps=60, **kwargs):
+    opt = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(steps):
+        x,y,loss = task(**kwargs)
+        opt.zero_grad()
+        loss(net(x), y).backward()
+        opt.step()
+    return net
+
+
+def looks(net, x, y, loss):
+    check = LossCheck(net, lambda model: loss(model(x), y))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        check.take_before()
+    return check.trained
+
+
+@pytest.mark.parametrize('regression', [False, True])
+@pytest.mark.parametrize('init', [None, nn.init.kaiming_normal_, nn.init.orthogonal_, nn.init.xavier_uniform_])
+def test_a_trained_model_looks_trained_and_no_new_one_does(init, regression):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for n in (2, 4, 16, 64): assert not looks(mlp(init), *task(n, regression))
+    for n in (16, 64): assert looks(trained(mlp(init), regression=regression), *task(n, regression))
+
+
+def test_a_line_through_one_number_is_no_proof():
+    "A new layer of one number may well be near."
+    for seed in range(50):
+        torch.manual_seed(seed)
+        x = torch.randn(64, 1)
+        assert not looks(nn.Linear(1, 1), x, 0.7*x, F.mse_loss)
+
+
+def test_a_new_network_that_copies_its_input_is_not_trained():
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(8, 32),nn.Linear(32, 8)
+        def forward(self, x): return x + 0.01*self.b(F.relu(self.a(x)))
+    x = torch.randn(64, 8)
+    assert not looks(Copies(), x, x, F.mse_loss)
+
+
+def test_lsuv_init_says_that_a_model_looks_trained():
+    net,(x,y,loss) = trained(mlp()),task()
+    with pytest.warns(UserWarning, match='it looks trained: its loss is 0.*, a constant answer'):
+        report = lsuv_init(net, x, loss=lambda model: loss(model(x), y), force=True)
+    assert report.ok and 'it looked trained: its loss is' in report.summary

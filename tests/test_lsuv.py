@@ -15,7 +15,7 @@ from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
 from fastai_lsuv.measure.loops import ORDERS
-from fastai_lsuv.start.preinit import orthogonal_
+from fastai_lsuv.start import orthogonal_
 
 SEQUENCES = [*ORDERS, 'mean', 'std mean std', 'mean+std std']
 
@@ -244,7 +244,7 @@ def test_orthogonal_start():
     torch.testing.assert_close(w @ w.T, torch.eye(16, dtype=torch.float64))
     reference_init(other, x)
     torch.manual_seed(3)
-    lsuv_init(model, x)
+    lsuv_init(model, x, preinit='orthogonal')
     assert_same(model, other)
 
 

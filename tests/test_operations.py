@@ -10,6 +10,7 @@ from networks import Mod
 from torch import nn
 
 from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv.observe.operations import GROUPED
 
 
 def param(*shape): return nn.Parameter(torch.randn(*shape)*0.02)
@@ -100,7 +101,7 @@ def test_the_start_is_orthonormal_by_the_fan_of_the_operation(form):
     forward, w, b, name = FORMS[form]
     torch.manual_seed(0)
     model = Net(forward, w=param(*w), b=None if b is None else param(*b))
-    report = quiet(lsuv_init, model, x())
+    report = quiet(lsuv_init, model, x(), preinit='orthogonal')
     scaled = model.w.detach()/report[0].gain
     matrices = {  # (matrices, out, in)
         'F.linear': lambda w: w[None], '@': lambda w: w.T[None], '@ from the left': lambda w: w[None],
@@ -218,6 +219,48 @@ def test_a_far_worse_loss_puts_it_back():
     assert report[0].std == pytest.approx((data @ was).std().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize('form', [lambda x: torch.mul(x, other=2.), lambda x: x.div(other=2.)])
+def test_a_number_that_is_given_by_name(form):
+    model = Net(lambda m, x: form(x @ m.w) @ m.v, w=param(16, 24), v=param(24, 8))
+    assert quiet(lsuv_init, model, x()).ok
+
+
+@pytest.mark.parametrize('form, w, b', [
+    (lambda m, x: torch.addmm(0.1*x, x, m.w), (16, 16), None),
+    (lambda m, x: torch.baddbmm(m.b, x.view(-1, 4, 4).transpose(0, 1), m.w), (4, 4, 12), (4, 1, 12))])
+def test_per_channel_of_a_sum_with_any_tensor(form, w, b):
+    model = Net(form, w=param(*w), b=None if b is None else param(*b))
+    report = quiet(lsuv_init, model, x(2000), per_channel=True)
+    std = model(x(2000)).detach().flatten(0, -2).std(0)
+    assert report.n_passes == 2 and report.ok and (std - 1).abs().max() < 0.1
+
+
+@pytest.mark.skipif(not GROUPED, reason='this torch has no grouped_mm')
+def test_a_grouped_product_of_stacked_groups():
+    model = Net(lambda m, x: GROUPED[-1](x, m.w), w=nn.Parameter(0.02*torch.randn(4, 16, 24).bfloat16()))
+    assert quiet(lsuv_init, model, torch.randn(4, 64, 16).bfloat16()).ok
+
+
+def test_attention_by_views_of_larger_parameters():
+    def forward(m, x):
+        x = (x @ m.up).view(-1, 6, 16)
+        return F.multi_head_attention_forward(x, x, x, 16, 4, m.w[48:], m.b[48:], None, None, False, 0., m.out, None)[0]
+    model = Net(forward, up=param(16, 96), w=param(96, 16), b=param(96), out=param(16, 16))
+    report = quiet(lsuv_init, model, x())
+    assert report.ok and report.n_passes == 2 and len(report) == 5
+
+
+def test_a_start_is_seen_under_autocast():
+    model = Net(lambda m, x: (x @ m.w).relu() @ m.v, w=param(16, 24), v=param(24, 8))
+    model.lin = nn.Linear(8, 8)
+    model.f,f = lambda m, x: m.lin(f(m, x)),model.f
+    with torch.autocast('cpu', torch.bfloat16):
+        assert quiet(lsuv_init, model, x(), preinit='orthogonal', baseline=True).n_passes == 4
+        was = model(data := x())
+        quiet(lsuv_init, model, data, target_std=9., loss=lambda m: m(data).square().mean())
+        assert torch.equal(model(data), was)
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_under_autocast(dtype):
     torch.manual_seed(0)
@@ -264,8 +307,7 @@ def test_where_the_words_of_outside_come_from():
                               'rnn.weight_hh_l0': 'recurrent', 'pos_embed': 'embedding', 'token': 'vector',
                               'unused': 'not called'}
     assert report.coverage == pytest.approx(64/sum(p.numel() for p in model.parameters() if p.dim() > 1))
-    assert str(report).splitlines()[0].endswith('of the weights (the rest: embedding, vector, not linear, not called, '
-                                                'recurrent).')
+    assert report.summary.endswith(' % of the weights are outside these layers (see `report.outside`).')
 
 
 def test_tokens_in_rows_are_no_samples():

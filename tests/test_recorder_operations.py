@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fastai.basics import SGD, Callback, TrainEvalCallback
+from fastai.basics import SGD, TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from networks import NETWORKS
@@ -189,37 +189,6 @@ def test_validation_is_recorded_too():
     assert list(valid.layer) == EVERY and valid.set_index('layer')['std'].drop('experts.up[3]').notna().all()
 
 
-def test_slices_without_end_are_not_recorded():
-    class Growing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w, self.n = param(64, 64), 10
-
-        def forward(self, x):
-            self.n += 1
-            return F.linear(x.flatten(1), self.w[:self.n])[:, :10]
-    rec = ActivationStatsRecorder()
-    learn = fitted(rec, Growing)
-    assert rec.names == ['w[0:11]'] and rec.df()['std'].notna().sum() == 1
-    assert len(learn.activation_stats_recorder._store.layers) == 1
-
-
-def test_an_expert_that_gets_samples_later_has_its_row():
-    class Later(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.n = param(3, 64, 10), 0
-
-        def forward(self, x):
-            self.n += 1
-            return x.flatten(1) @ self.up[min(self.n, 3) - 1]
-    rec = ActivationStatsRecorder()
-    fitted(rec, Later)
-    table = rec.df().pivot(index='step', columns='layer', values='std').notna()
-    assert rec.names == ['up[0]', 'up[1]', 'up[2]']
-    assert table.sum().tolist() == [1, 1, 4]
-
-
 # ---- Errors
 
 @pytest.mark.parametrize('modules, match', [
@@ -342,12 +311,6 @@ def test_compiled_models(how):
     torch.compiler.reset()
 
 
-def test_wrapped_models_are_recorded():
-    rec = ActivationStatsRecorder()
-    fit(learner(nn.DataParallel(Net()), cbs=rec))
-    assert rec.names == EVERY and rec.df().set_index('layer')['std']['own'].notna().all()
-
-
 @pytest.fixture
 def one_rank(tmp_path):
     dist.init_process_group('gloo', store=dist.FileStore(str(tmp_path/'store'), 1), rank=0, world_size=1)
@@ -388,31 +351,6 @@ def test_nothing_is_left_after_an_exception_in_the_model(error):
     assert rec.names == EVERY and len(rec.df()) == 6*len(EVERY)
 
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_backward'])
-def test_no_mode_is_left_after_an_exception_in_a_callback(error, event):
-    def fail(learn):
-        if learn.training and learn.train_iter == 2: raise error('now')
-    learn = learner(Net, cbs=[ActivationStatsRecorder(), Do(**{event: fail})])
-    with pytest.raises(error, match='now'): fit(learn)
-    assert modes() == 0
-    learn.remove_cbs(Do)
-    fit(learn)
-    assert 'forward' not in vars(learn.model) and modes() == 0
-
-
-def test_what_other_callbacks_run_is_not_recorded():
-    class Runs(Callback):
-        run_valid = False
-
-        def before_fit(self): self.learn.model(torch.full((4, 1, 8, 8), 1e4))
-        after_loss = after_batch = before_fit
-    rec, alone = ActivationStatsRecorder(), ActivationStatsRecorder()
-    fitted(alone, Net, **still)
-    fitted(rec, Net, cbs=[Runs()], **still)
-    assert rec.df()['std'].max() < 100 and len(rec.df()) == len(alone.df())
-
-
 def test_copies_made_during_a_forward_record_nothing_and_run():
     copies = []
 
@@ -448,13 +386,6 @@ def test_a_model_without_such_weights_is_not_watched():
 
 # ---- Several fits
 
-def test_records_of_several_fits():
-    rec = ActivationStatsRecorder(append=True)
-    learn = fitted(rec)
-    fit(learn)
-    assert rec.names == EVERY and len(rec.df()) == 12*len(EVERY)
-
-
 def test_layers_that_their_parent_applies_are_recorded_from_the_second_step_on():
     class Parent(nn.Module):
         def __init__(self):
@@ -466,19 +397,3 @@ def test_layers_that_their_parent_applies_are_recorded_from_the_second_step_on()
     fitted(rec, Parent)
     table = rec.df().pivot(index='step', columns='layer', values='std').notna()
     assert rec.names == ['a', 'b'] and table.sum().tolist() == [5, 6] and not table['a'][0]
-
-
-def test_a_record_that_was_fetched_gets_rows_for_new_layers():
-    from fastai_lsuv.recorder.layers import RecordedLayer
-    from fastai_lsuv.recorder.options import RecorderOptions
-    from fastai_lsuv.recorder.records import Record, RecordStore
-    store = RecordStore(RecorderOptions(hist=(2, 0., 1.)))
-    store.begin([RecordedLayer('b', 'b')])
-    for fetched in (True, False):
-        store.add(Record(np.array([[4]]), torch.tensor([[1., 2., 4., 4., 1., 3.]])), 'train', 0, int(not fetched))
-        if fetched: store.fetch()
-    store.arrange([RecordedLayer('a', 'a'), RecordedLayer('b', 'b')])
-    table = store.frame(store.records())
-    assert list(table.layer) == ['a', 'b']*2 and table['mean'].isna().tolist() == [True, False]*2
-    assert table['near_zero'].tolist()[1::2] == [1., 1.]
-    assert store.histograms(1, 'train').tolist() == [[1., 1.], [3., 3.]]

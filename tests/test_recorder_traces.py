@@ -11,7 +11,7 @@ from recording import Do, convnet, digits, fit, layers, learner
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_lsuv.recorder import fit as recorder_fit
+from fastai_lsuv.recorder import recording
 from fastai_lsuv.recorder import ActivationStatsRecorder
 from fastai_lsuv.recorder.meter import ActivationMeter
 
@@ -79,7 +79,7 @@ def test_never_waits_for_the_device_between_epochs(dtype, monkeypatch):
         def __call__(self, *args, **kwargs):
             with mode:
                 return super().__call__(*args, **kwargs)
-    monkeypatch.setattr(recorder_fit, 'ActivationMeter', Counted)
+    monkeypatch.setattr(recording, 'ActivationMeter', Counted)
     rec = ActivationStatsRecorder(hist=dtype == torch.float64, grads=True, valid=True)
     for event in ('before_batch', 'after_pred', 'after_backward', 'after_batch', 'after_train', 'before_validate',
                   'after_validate'):

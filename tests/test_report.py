@@ -1,6 +1,7 @@
 "The report: rows, tables, warning, plot."
 import inspect
 import math
+import re
 import typing
 import warnings
 
@@ -10,9 +11,11 @@ import torch
 from networks import NETWORKS, cnn
 from torch import nn
 
+import fastai_lsuv
 from fastai_lsuv import LSUVReport, layer_stats, lsuv_init
+from fastai_lsuv.report import tables
 from fastai_lsuv.report.report import STATUSES, Row
-from fastai_lsuv.report.rows import ADVICE
+from fastai_lsuv.statuses import ADVICE, DONE, MARKS, OUTSIDE, Status
 
 nan = float('nan')
 
@@ -55,22 +58,36 @@ def test_rows_of_a_real_report():
 
 
 def test_ok_is_only_what_is_done():
-    assert report('ok', 'no bias').ok
+    assert report('ok', 'no bias', 'normed').ok and DONE == ('ok', 'no bias', 'normed')
     for s in STATUSES:
-        if s not in ('ok', 'no bias'):
-            assert not report('ok', s).ok
+        assert report('ok', s).ok == (s in DONE) == (report(s).left_alone == '')
+
+
+def test_a_status_is_a_word_and_one_entry_of_the_table():
+    assert list(STATUSES) == [s.value for s in Status] and Status('tied') is Status.TIED == 'tied'
+    assert f'{Status.OK}' == str(Status.OK) == 'ok' and {'alike', 'off'} & {Status.ALIKE} == {'alike'}
+    assert ADVICE.keys() == STATUSES.keys() - {'ok'} and {s.tone for s in Status} == MARKS.keys()
+    assert not any(text.endswith('.') for text in (*STATUSES.values(), *OUTSIDE.values()))
+    assert all(text.endswith('.') for text in ADVICE.values())
+
+
+def test_the_package_shows_its_five_names():
+    assert dir(fastai_lsuv) == sorted(fastai_lsuv.__all__) and len(dir(fastai_lsuv)) == 5
 
 
 def test_pairs_leave_out_what_did_not_run():
     assert report('ok', 'not called', 'frozen').pairs == [(0., 1.), (0., 1.)]
 
 
-def test_left_alone_is_one_sentence_by_status():
-    r = report(*['ok']*3, *['frozen']*7, 'tied', 'not called')
-    assert r.left_alone.startswith('LSUV did not normalize 9 of 12 layers. frozen (') and '\n' not in r.left_alone
-    assert 'blocks.3.conv, blocks.4.conv, blocks.5.conv, blocks.6.conv, blocks.7.conv and 2 more' in r.left_alone
-    assert f"tied ({STATUSES['tied']}): blocks.10.conv. not called (" in r.left_alone
-    assert report('tied').left_alone.startswith('LSUV did not normalize 1 of 1 layer. ')
+def test_left_alone_is_one_line_by_status():
+    r = report(*['ok']*3, *['frozen']*7, 'tied', 'not called', 'no bias', 'normed')
+    head, frozen, tied, not_called = r.left_alone.splitlines()
+    assert head == 'LSUV did not normalize 9 of 14 layers:'
+    names = 'blocks.3.conv, blocks.4.conv, blocks.5.conv, blocks.6.conv, blocks.7.conv and 2 more'
+    assert frozen.startswith(f'- frozen: {names}. Its weight does not require grad')
+    assert tied == '- tied: blocks.10.conv. I' + STATUSES['tied'][1:] + '.'
+    assert not_called == '- not called: blocks.11.conv. Not used in this forward pass; left as it was.'
+    assert report('tied').left_alone.startswith('LSUV did not normalize 1 of 1 layer:')
 
 
 def test_one_warning_and_it_points_here():
@@ -94,8 +111,7 @@ def test_table_of_a_few_rows():
     ]
     r = LSUVReport(rows, order='std mean', n_passes=2)
     lines = str(r).splitlines()
-    assert lines[0] == ("LSUV: 2 of 6 layers at the target std, 1 off, 1 constant, 1 not called, 1 non-finite. "
-                        "Order 'std mean', 2 forward passes.")
+    assert lines[0] == "LSUV: 2 of 6 layers at the target std (2 passes)."
     assert lines[2].split() == ['layer', 'kind', 'output', 'mean', 'std', 'gain', 'passes', 'status']
     assert lines[4].split() == ['blocks.0.conv', 'Conv2d', '32x64x8x8', '0.0000', '1.0000', '1', '1', 'ok']
     assert lines[5].split() == ['blocks.1.conv', 'Conv2d', '32x64x8x8', '-0.5000', '3.2e-06', '1', '1', 'off']
@@ -155,7 +171,7 @@ def soup_of(r):
 def test_html_is_escaped():
     html = LSUVReport([row(0, name='<b>&', kind='<script>')], order='std')._repr_html_()
     assert '&lt;b&gt;&amp;' in html and '&lt;script&gt;' in html and '<script>' not in html and html.count('<tr>') == 2
-    assert 'Order &#x27;std mean&#x27;' in report('ok')._repr_html_()
+    assert 'Loss 1.00 -&gt; 2.00' in LSUVReport([row(0)], 'std', loss=(1., 2.))._repr_html_()
 
 
 def test_html_folds_a_long_table_and_keeps_all_of_it():
@@ -172,8 +188,9 @@ def test_html_says_each_status_in_words_and_what_it_means():
     assert [p.split(' ', 1)[1] for p in pills] == list(STATUSES)
     assert {p[0] for p in pills} == set('✓–!✗')  # a mark beside the colour
     notes = [p.get_text() for p in page.find_all('p')][1:]
-    assert len(notes) == len(STATUSES) - 1
-    for note, (status, meaning) in zip(notes, list(STATUSES.items())[1:]):
+    told = {s: meaning for s, meaning in STATUSES.items() if s not in ('ok', 'undone')}  # a remark tells of "undone"
+    assert len(notes) == len(told)
+    for note, (status, meaning) in zip(notes, told.items()):
         words = f'{pills[list(STATUSES).index(status)]} {meaning}. {ADVICE[status]}'
         assert note == words.replace('`', '')  # names are in the type of code
     assert [c.get_text() for c in page.find_all('code')].count('max_iter') == 1
@@ -215,9 +232,50 @@ def test_baseline_columns_in_the_table():
 def test_summary_of_layer_stats():
     model = cnn(3, 8, 8)
     s = layer_stats(model, torch.randn(8, 3, 8, 8))
-    assert s.summary == '2 layers: 0 with a std within 0.1 of 1, 2 off.' and str(s).startswith(s.summary)
-    assert str(s).endswith('\n\noff: its std is not within 0.1 of 1.') and 'passes' not in str(s)
+    assert re.fullmatch(r'The std is within 0.1 of 1 in 0 of 2 layers, and goes from 0.\d+ to 0.\d+\.', s.summary)
+    assert str(s).startswith(s.summary) and str(s).endswith('not near 1') and 'passes' not in str(s)
     lsuv_init(model, torch.randn(8, 3, 8, 8))
+    assert LSUVReport([row(0)]).summary == 'The std is within 0.1 of 1 in 1 of 1 layer.'
+
+
+def test_a_look_judges_no_std_unless_it_is_extreme():
+    found = [('ok', 1.02), ('off', 0.31), ('off', 999.), ('off', 1001.), ('off', 9e-4), ('constant', 0.),
+             ('non-finite', nan), ('not called', nan), ('outlier', 3.)]
+    r = LSUVReport([row(k, s, std=std, std_range=(0.9, 1.1)) for k, (s, std) in enumerate(found)])
+    page = soup_of(r)
+    assert [tr.find_all('td')[-1].get_text() for tr in page.tbody.find_all('tr')] == [
+        '✓ near 1', '– not near 1', '– not near 1', '! exploding', '! vanishing', '! constant', '✗ non-finite',
+        '– not called', '! outlier']
+    notes = [p.get_text() for p in page.find_all('p')][1:]
+    assert notes[:2] == ['! exploding its std is above 1000.', '! vanishing its std is below 0.001.']
+    assert not any('near 1' in n or 'scaled' in n or 'left as it was' in n for n in notes)
+    assert [x.status for x in r] == r.df()['status'].tolist() == [s for s, _ in found]  # rows keep their words
+    fold = str(LSUVReport([row(k, 'off' if k % 2 else 'ok') for k in range(60)])).split('\n... ')[1].splitlines()[0]
+    assert fold.endswith('22 near 1, 22 not near 1')
+
+
+def test_a_column_is_an_entry_of_one_table(monkeypatch):
+    column = tables.Column('grads', 'grad_std', lambda v: f'<{v}>', lambda values: f'{len(values)} grads', left=True)
+    monkeypatch.setattr(tables, 'COLUMNS', (*tables.COLUMNS[:2], column, *tables.COLUMNS[-1:]))
+    r = report(*['ok']*60, grad_std=2.)
+    lines = str(r).splitlines()[2:]
+    assert lines[0].split() == ['layer', 'kind', 'grads', 'status'] and lines[2].split()[2] == '<2.0>'
+    assert next(l for l in lines if l.startswith('...')).split()[3:5] == ['44', 'grads']
+    cells = soup_of(r).tbody.tr.find_all('td')
+    assert cells[2].get_text() == '<2.0>' and cells[2]['class'] == ['word']
+    assert 'grads' not in str(report('ok')) and '<td></td>' not in report('ok')._repr_html_()
+
+
+def test_the_tolerance_of_a_mean_is_told_where_it_is_met():
+    note = ('ok: here a mean may be up to 0.75 off its target. On a fresh mini-batch, its tolerance is `batch_tol` or '
+            '3/sqrt(samples) stds, whichever is larger.')
+    ranges = dict(std_range=(0.9, 1.1), mean_range=(-0.75, 0.75))
+    assert note in str(report('ok', mean=-0.2, **ranges)) and note[4:].replace('`', '') in soup_of(
+        report('ok', mean=0.2, **ranges)).get_text()
+    assert 'here a mean' not in str(report('ok', mean=0.09, **ranges))
+    assert 'here a mean' not in str(report('off', mean=0.9, **ranges))
+    assert 'here a mean' not in str(LSUVReport([row(0, mean=0.2, **ranges)]))  # a look
+    assert '3/sqrt(samples)' in LSUVReport.__doc__
 
 
 def lines_of(ax):
@@ -301,36 +359,54 @@ def test_plot_on_axes_of_the_user_and_of_layer_stats():
 
 def test_a_summary_names_its_target():
     ranges = dict(std_range=(0.45, 0.55), mean_range=(-0.2, 0.2))
-    assert report('ok', 'no bias', 'off', **ranges).summary == (
-        "LSUV: 2 of 3 layers at std 0.5 (1 of them without a bias), 1 off. Order 'std mean', 2 forward passes.")
-    assert ' at mean 0. Order' in report('ok', order='mean', **ranges).summary
+    assert report('ok', 'no bias', 'off', **ranges).summary == "LSUV: 2 of 3 layers at std 0.5 (2 passes)."
+    assert report('ok', 'normed', 'normed', **ranges).summary == "LSUV: 1 of 3 layers at std 0.5, 2 normed (2 passes)."
+    assert ' at mean 0 (' in report('ok', order='mean', **ranges).summary
     r = LSUVReport([row(0, std_range=(0.9, 1.1)), row(1, std_range=(0.45, 0.55))], 'std', 2, (1., 2.), '', 'a note')
-    assert r.summary == ("LSUV: 2 of 2 layers at the target std. Order 'std', 2 forward passes. "
-                         "Training loss 1.0000 before, 2.0000 after (a note).")
+    assert r.summary == "LSUV: 2 of 2 layers at the target std (2 passes). Loss 1.00 -> 2.00 (a note)."
     r = LSUVReport([row(0, std_range=(0.9, 1.1))], 'std', 1, loss_note='ValueError: no')
-    assert r.summary == "LSUV: 1 of 1 layer at std 1. Order 'std', 1 forward pass."
-    assert r.warning == "The training loss was not taken: ValueError: no. So LSUV did not compare it before and after."
+    assert r.summary == "LSUV: 1 of 1 layer at std 1 (1 pass)."
+    why = "LSUV could not take the training loss (ValueError: no)"
+    assert r.warning == f"{why}, so it did not compare before and after."
+    for loss, said in [((2.3016, 1e-3), '2.30 -> 0.001'), ((nan, 3.5e8), 'nan -> 3.5e+08'), ((-1.5, 0.), '-1.50 -> 0')]:
+        assert LSUVReport([row(0)], 'std', loss=loss).summary.endswith(f' Loss {said}.')
 
 
 def test_the_table_ends_with_what_else_to_look_at():
     r = LSUVReport([row(0, gain=400.)], order='std', unusual='its samples are alike')
     assert str(r).splitlines()[-2:] == r.remarks and len(r.remarks) == 2
-    assert 'blocks.0.conv by 4e+02' in r.remarks[0] and 'its samples are alike' in r.remarks[1]
-    assert r.warning == ' '.join(r.remarks)
+    assert 'blocks.0.conv by 400' in r.remarks[0] and 'its samples are alike' in r.remarks[1]
+    assert r.warning == '\n'.join(r.remarks)
     assert all(remark.replace('`', '') in soup_of(r).get_text() for remark in r.remarks)
 
 
 def test_weights_in_no_row_are_named_with_the_reason():
     outside = {'tok.weight': 'embedding', 'pos.weight': 'embedding', 'rnn.weight_ih_l0': 'recurrent'}
     r = LSUVReport([row(0)], order='std', outside=outside, coverage=0.5)
-    words = ('Weights in no row, left as they are: tok.weight, pos.weight (embedding: it is looked up or added, and no '
-             'input is multiplied by it); rnn.weight_ih_l0 (recurrent: a recurrent layer applies it out of sight).')
+    words = ('50 % of the weights are outside these layers, and LSUV does not change them: tok.weight, pos.weight '
+             '(embedding: it is looked up or added; no input is multiplied by it); rnn.weight_ih_l0 (recurrent: a '
+             'recurrent layer applies it internally).')
     assert str(r).splitlines()[-1] == words and words in soup_of(r).get_text() and words not in r.warning
     chosen = LSUVReport([row(0)], order='std', outside={'7.weight': 'not selected'}, coverage=0.5)
     assert '<code>modules</code> does not select it' in chosen._repr_html_()
-    assert r.summary.endswith(' hold 50 % of the weights (the rest: embedding, recurrent).')
-    assert ' These layers, normalized or not, hold' in r.summary
-    assert 'in no row' not in str(report('ok'))
+    told = ' 50 % of the weights are outside these layers (see `report.outside`).'
+    assert r.summary.endswith(told) and str(r).count('% of the weights') == 1  # the report's own text says it once
+    assert '% of the weights' not in chosen.summary  # the user has left it out himself
+    few = LSUVReport([row(0)], order='std', outside=outside, coverage=0.992)
+    assert '%' not in few.summary and '0.8 % of the weights are outside' in str(few)
+    assert LSUVReport([row(0)], order='std', outside=outside, coverage=0.989).summary.count(' 1.1 % of the weights')
+    assert ' 100 % of the weights' in LSUVReport([row(0)], order='std', outside=outside, coverage=0.).summary
+    assert 'outside' not in str(report('ok'))
+
+
+def test_each_problem_is_said_once():
+    why = 'the training loss is 9 after LSUV; it was 1 before'
+    r = LSUVReport([row(0, 'undone'), row(1, 'frozen')], 'std', 4, (1., 9.), why, unusual='its std is 0.001')
+    for text in (str(r), soup_of(r).get_text()):
+        for words in ('put the weights back', 'put back', 'far worse', 'unusual', 'require grad', 'leave layers out'):
+            assert text.lower().count(words) <= 1, words
+        assert why in text
+    assert 'far worse' not in r.warning and r.warning.count('\n') == 1
 
 
 def test_per_channel_rows_are_those_of_the_channels():
@@ -341,4 +417,4 @@ def test_per_channel_rows_are_those_of_the_channels():
 
 def test_an_order_without_a_std_loop_speaks_of_the_mean():
     report = lsuv_init(nn.Linear(16, 8), 20*torch.randn(64, 16), order='mean', preinit=None)
-    assert report[0].std > 5 and report.summary == "LSUV: 1 of 1 layer at mean 0. Order 'mean', 2 forward passes."
+    assert report[0].std > 5 and report.summary == "LSUV: 1 of 1 layer at mean 0 (2 passes)."

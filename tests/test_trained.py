@@ -12,7 +12,6 @@ from fastai.vision.all import resnet18, unet_learner, vision_learner
 from learners import *
 
 from fastai_lsuv import LSUVCallback, lsuv_init
-from fastai_lsuv.units.selection import find_units
 
 AS_IT_WAS = 'LSUV left the model as it is: '
 
@@ -44,7 +43,7 @@ def initialized(learn, fit=None, kept=()):
     w,names = weights(learn.model),[n for n, _ in learn.model.named_parameters()]
     now = after_lsuv(learn, fit)
     assert len(said(learn)) == 1 and ' at std 1' in said(learn)[0], learn.lines
-    units = {id(k.value) for u in find_units(learn.model) for k in u.weights}
+    units = {id(p) for p in unit_parameters(learn.model) if p.dim() > 1}
     for n, p, a, b in zip(names, learn.model.parameters(), w, now):
         if id(p) in units:
             assert torch.equal(a, b) == (id(p) in ids), n
@@ -71,7 +70,7 @@ def test_silent_without_logging():
 
 
 def test_reset_and_every_fit_and_lsuv_init():
-    learn = learner(cbs=LSUVCallback())
+    learn = learner(cbs=LSUVCallback(preinit='orthogonal'))
     learn.fit(1)
     learn.lsuv.reset()
     initialized(learn)
@@ -87,7 +86,7 @@ def test_a_callback_for_each_fit():
     learn = learner()
     first,second = LSUVCallback(),LSUVCallback()
     learn.fit_one_cycle(1, cbs=first)
-    assert first.report.ok and not hasattr(learn, 'lsuv')
+    assert first.report.ok and learn.lsuv is first and not learn.cbs.filter(lambda cb: cb is first)
     left(learn, 'it was initialized before an earlier fit', lambda cb: learn.fit_one_cycle(1, cbs=[second, cb]))
     assert not second.report and repr(second.report) == said(learn)[-1]
     initialized(learn, lambda cb: learn.fit(1, cbs=[LSUVCallback(every_fit=True), cb]))
@@ -140,7 +139,7 @@ def test_trained_by_another_learner():
 @pytest.mark.parametrize('how', [dict(), dict(force=True), dict(every_fit=True)], ids=str)
 def test_a_look_at_the_model_is_no_fit(look, how):
     dls = DataLoaders.from_dsets(Split(images()), Split(images()), bs=16)
-    learn = learner(dls, cbs=LSUVCallback(**how))
+    learn = learner(dls, cbs=LSUVCallback(preinit='orthogonal', **how))
     def looks():
         was,report = weights(learn.model),learn.lsuv.report
         look(learn)
@@ -469,7 +468,7 @@ def raises(*args):
 
 
 def test_load_learner(here):
-    learn = vision(LSUVCallback())
+    learn = vision(LSUVCallback(preinit='orthogonal'))
     learn.path = here
     learn.export('before.pkl')
     learn.fit(1)
@@ -504,3 +503,95 @@ def test_pickle_and_copy():
     cb.learn = None
     for new in pickle.loads(pickle.dumps(cb)), deepcopy(cb):
         assert new.options == cb.options and list(new.report) == list(cb.report) and repr(new) == repr(cb)
+
+
+# --- loaded by another road, or before the callback was attached
+
+def by_data(m, state):
+    for k, p in m.named_parameters(): p.data = state[k].clone()
+
+
+def by_module(m, state):
+    for i, layer in enumerate(m):
+        for k in layer._parameters: setattr(layer, k, nn.Parameter(state[f'{i}.{k}'].clone()))
+
+
+ROADS = {
+    'assign': lambda m, state: m.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True),
+    'data': by_data,
+    'a new parameter': by_module,
+    'one vector': lambda m, state: torch.nn.utils.vector_to_parameters(
+        torch.nn.utils.parameters_to_vector(state[k] for k, _ in m.named_parameters()), m.parameters()),
+}
+
+
+@pytest.mark.parametrize('road', ROADS)
+def test_loaded_by_any_road(road):
+    set_seed(7)
+    state = cnn().state_dict()
+    learn = learner(cbs=LSUVCallback())
+    ROADS[road](learn.model, state)
+    left(learn, 'its weights were loaded')
+    learn = learner(cbs=LSUVCallback())
+    ROADS[road](learn.model[:1], {k: v for k, v in state.items() if k.startswith('0.')})
+    initialized(learn, kept=learn.model[0].parameters())
+
+
+def test_a_move_is_no_load():
+    "`Module.to` writes through `.data`, and may round."
+    learn = learner(cbs=LSUVCallback())
+    learn.model.to(torch.bfloat16).to(memory_format=torch.channels_last).float()
+    initialized(learn)
+
+
+def test_a_new_head_by_hand():
+    learn = learner(cbs=LSUVCallback())
+    learn.model.load_state_dict(cnn().state_dict())
+    body = list(learn.model[:8].parameters())
+    learn.model[8] = nn.Linear(8, 4)
+    initialized(learn, kept=body)
+
+
+def deep():
+    hidden = [nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 4))
+
+
+def easy(n=128):
+    x = torch.randn(n, 3, 4, 4)
+    return loaders(list(zip(x, (x.mean((1, 2, 3))*4).round().clip(-1, 2).long() + 1)), bs=32)
+
+
+@pytest.fixture
+def well_trained():
+    "A model without norm layers, and what it was trained on."
+    learn = learner(easy(), deep())
+    with learn.no_logging(): learn.fit(12, 1e-2)
+    model = deep()
+    model.load_state_dict(learn.model.state_dict())
+    return model, learn.dls
+
+
+def test_a_trained_model_without_norm_layers(well_trained):
+    model,dls = well_trained
+    learn = learner(dls, model, cbs=LSUVCallback())
+    was = weights(model)
+    assert same(after_lsuv(learn), was)
+    line, = said(learn)
+    assert line.startswith(f'{AS_IT_WAS}it looks trained: its loss is 0.') and "a constant answer's" in line
+    assert line.endswith('`learn.lsuv_init()` initializes it anyway.')
+    initialized(learner(dls, model, cbs=LSUVCallback(force=True)))
+    initialized(learner(dls, deep(), cbs=LSUVCallback()))
+
+
+def test_a_trained_body_with_a_new_head(well_trained):
+    model,dls = well_trained
+    model[5] = nn.Linear(64, 4)
+    learn = learner(dls, deepcopy(model), cbs=LSUVCallback())
+    learn.fit(1, 0.)
+    line, = said(learn)
+    assert "LSUV cannot tell whether '1' is new" in line and 'at std 1' in line
+    for p in model[:4].parameters(): p.requires_grad_(False)
+    learn = learner(dls, model, cbs=LSUVCallback())
+    initialized(learn, kept=model[:4].parameters())
+    assert 'cannot tell' not in said(learn)[0] and 'look new' not in said(learn)[0]

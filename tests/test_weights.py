@@ -114,5 +114,5 @@ def test_transposed_convs_by_channel():
 
 def test_per_channel_where_the_knob_has_no_value_for_each_channel():
     net = nn.Sequential(nn.Linear(16, 8), torch.nn.utils.weight_norm(nn.Linear(8, 8), dim=None))
-    with pytest.raises(ValueError, match='per_channel: Linear.weight_g does not hold a value for each of 8 channels'):
+    with pytest.raises(ValueError, match='per_channel: 1.weight_g does not hold a value for each of 8 channels'):
         lsuv_init(net, samples(), per_channel=True)

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from ..run.feed import join
-from ..keep.generators import Generators
-from ..parallel.sharded import is_engine_hook, shares_batches
-from ..keep.state import Copies, Snapshot, memory
+from ..keep import Generators, Snapshot, Weights, memory, write_back
+from ..parallel import is_engine_hook, shares_batches
+from ..run import join
 
 __all__ = ['no_trace', 'model_inputs', 'training_loss']
 
@@ -38,6 +37,7 @@ _OPAQUE = (str, bytes, int, float, type, ModuleType, FunctionType, Thread, Tenso
            Callback)
 _OTHERS = ('pandas', 'numpy', 'PIL', 'pathlib', 'multiprocessing', 'logging')
 _MOST_ITEMS,_MOST_OBJECTS = 1000,2000
+_MOST_NUMBERS = 2**16  # A larger tensor or array holds data, and is not copied
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def no_trace(learn: Learner) -> Iterator[None]:
     objects |= {id(v): v for o in objects.values() for v in vars(o).values() if type(v) is L}
     attributes = Snapshot(objects.values(), tensors=False)
     # a callback may count, or average, in a tensor of its own
-    tensors = Snapshot(feeders, but={memory(p) for p in learn.model.parameters() if not is_lazy(p)} - {0})
+    weights = {memory(p) for p in learn.model.parameters() if not is_lazy(p)} - {0}
+    tensors,numbers = Snapshot(feeders, but=weights),_Numbers(objects.values(), weights)
     attributes_of_modules = (item for m in learn.model.modules() for item in vars(m).items())
     hooks = [(d, copy(d)) for k, d in attributes_of_modules if 'hook' in k and isinstance(d, dict)]
     autocast,generators = _Autocast(),Generators()
@@ -65,6 +66,7 @@ def no_trace(learn: Learner) -> Iterator[None]:
         stack.callback(autocast.restore)
         stack.callback(attributes.restore)
         stack.callback(tensors.restore)
+        stack.callback(numbers.restore)
         yield
 
 
@@ -91,6 +93,33 @@ def _reachable(roots: Iterable[Any]) -> list[Any]:
             found.append(o)
             todo += vars(o).values()
     return found
+
+
+class _Numbers:
+    "The numbers in small tensors and arrays that objects hold as attributes, or in lists, tuples and dicts there."
+    def __init__(self,
+        objects: Iterable[Any],
+        but: set[int]  # Addresses of memory that keeps what is written to it
+    ):
+        held = tree_leaves([{k: v for k, v in vars(o).items() if _short(v)} for o in objects])
+        found = {id(v): v for v in held if isinstance(v, (Tensor, np.ndarray)) and _is_small(v)}
+        self.of = [(v, copy(v) if isinstance(v, np.ndarray) else v.detach().clone()) for v in found.values()
+                   if not isinstance(v, Tensor) or memory(v) not in but]
+
+    def restore(self) -> None:
+        for v, was in self.of:
+            if isinstance(v, np.ndarray):
+                if v.tobytes() != was.tobytes(): v[...] = was
+            else: write_back(v, was)
+
+
+def _short(v: Any) -> bool:
+    return isinstance(v, (Tensor, np.ndarray)) or isinstance(v, (list, tuple, dict)) and len(v) <= _MOST_ITEMS
+
+
+def _is_small(v: Tensor | np.ndarray) -> bool:
+    if isinstance(v, np.ndarray): return v.size <= _MOST_NUMBERS and v.dtype.hasobject is False and v.flags.writeable
+    return v.layout == torch.strided and not (v.is_meta or v.is_nested or is_lazy(v)) and v.numel() <= _MOST_NUMBERS
 
 
 def _hooked_by(model: nn.Module) -> list[Any]:
@@ -205,7 +234,8 @@ class _Feeders:
 
     def __call__(self, event: str) -> None:
         "Send an event to all of them."
-        weights = Copies(self.learn.model.parameters()) if self.may_write else None
+        weights = Weights() if self.may_write else None
+        if weights is not None: weights.keep(self.learn.model.parameters())
         try:
             for cb in self.cbs: self._call(cb, event)
         finally:

@@ -1,27 +1,29 @@
 """Whether the weights of a Learner's model are new, or were loaded, trained, pretrained or frozen.
 
 `CallbackOnNewWeights` is a callback that asks this before it acts. Its `KnownWeights` remember the weights as they were
-when it was attached, and tell which were written since. `came_trained` says why a whole model is to be left as it is.
-`begins_a_fit` tells a fit from a look at the model."""
+when it was attached, and tell which were written or replaced since. `came_trained` says why a whole model is to be
+left as it is. `begins_a_fit` tells a fit from a look at the model."""
 from __future__ import annotations
 
 import sys
 from copy import deepcopy
-from typing import Callable, Iterable
+from typing import Callable, Iterator
 from weakref import WeakSet, ref
 
+import torch
 from fastai.basics import Callback, L, Learner, SkipToEpoch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..lsuv import plain
-from ..parallel.sharded import is_sharded, local
-from ..units.units import Unit
+from ..parallel import is_sharded, local
+from ..run import learned_norm
 
 __all__ = ['EARLIER', 'CallbackOnNewWeights', 'KnownWeights', 'parameters', 'came_trained', 'pretrained_body',
            'begins_a_fit']
 
 EARLIER = "it was initialized before an earlier fit"
+_N_SAMPLED = 32  # Numbers of a parameter that are remembered
 _INITIALIZED: WeakSet[nn.Module] = WeakSet()  # Models that were initialized: the next fit may bring another callback
 
 
@@ -30,9 +32,27 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if not is_lazy(p)]
 
 
-def _ref(p: nn.Parameter) -> Callable[[], nn.Parameter | None]:
-    "A reference to `p`: a weak one, which `Module.to` does not allow for a sharded parameter."
-    return (lambda: p) if is_sharded(p) else ref(p)
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    "Each parameter with the module that holds it and its name there."
+    for m in model.modules():
+        yield from ((m, k, p) for k, p in m._parameters.items() if p is not None and not is_lazy(p))
+
+
+class _Seen:
+    "A parameter as it was first seen, or as LSUV left it: its version, a few of its numbers, whether it was frozen."
+    def __init__(self, p: nn.Parameter, frozen: bool, written: bool = False):
+        # a weak reference, which `Module.to` does not allow for a sharded parameter
+        self.p = (lambda: p) if is_sharded(p) else ref(p)
+        self.version,self.shape,self.sample,self.frozen = -1 if written else _version(p),p.shape,_sample(p),frozen
+
+    def written(self, p: nn.Parameter) -> bool:
+        "Whether `p`, the parameter or one in its place, holds other numbers, or was written to."
+        if self.p() is p and _version(p) > self.version: return True
+        now = _sample(p)
+        if now is None or self.sample is None: return False
+        # `Module.to` may have rounded the numbers
+        close = dict(rtol=2**-7, atol=1e-4*float(self.sample.abs().max()), equal_nan=True)
+        return not torch.allclose(now, self.sample, **close)
 
 
 def _version(p: nn.Parameter) -> int:
@@ -40,35 +60,54 @@ def _version(p: nn.Parameter) -> int:
     return local(p)._version
 
 
+def _sample(p: nn.Parameter) -> Tensor | None:
+    "A few numbers of `p`: a write through `.data` changes no version. Of a sharded parameter the version must do."
+    if is_sharded(p) or p.is_meta or p.is_complex() or not p.numel(): return None
+    at = torch.linspace(0, p.numel() - 1, _N_SAMPLED, dtype=torch.float64).long()
+    v = p.detach()
+    return (v[torch.unravel_index(at, p.shape)] if p.dim() else v.clone()).to('cpu', torch.float32)
+
+
 class KnownWeights:
-    """What is known of each parameter: the version it had, and whether it was frozen, when it was first seen.
+    """What is known of each parameter. One that was put in the place of another (`load_state_dict` does so with
+    `assign=True`) is compared with it."""
+    def __init__(self): self.of,self.at = {},{}
 
-    A tensor's version counts the times it was written to."""
-    def __init__(self): self.of = {}
-
-    def knows(self, p: nn.Parameter) -> bool: return id(p) in self.of and self.of[id(p)][0]() is p
+    def seen(self, m: nn.Module, k: str, p: nn.Parameter) -> _Seen | None:
+        "What is known of the parameter `p`, which `m` holds as `k`, or of what was in its place."
+        if (s := self.of.get(id(p))) is not None and s.p() is p: return s
+        of,s = self.at.get((id(m), k), (lambda: None, None))
+        return s if of() is m and s.shape == p.shape else None
 
     def note(self,
-        params: Iterable[nn.Parameter],
-        written: set[int] | None = None  # After a run of LSUV: ids of those that were written before it
+        model: nn.Module,
+        written: set[int] | None = None  # After a run of LSUV: ids of parameters that were written before it
     ) -> None:
-        "Note parameters not seen before; after a run of LSUV, the versions that it has made."
-        for p in params:
-            if not self.knows(p): self.of[id(p)] = _ref(p),_version(p),not p.requires_grad
-            elif written is not None and id(p) not in written: self.of[id(p)] = _ref(p),_version(p),self.of[id(p)][2]
+        "Note parameters not seen before; after a run of LSUV, what it has made of them."
+        for m, k, p in _places(model):
+            s = self.seen(m, k, p)
+            if s is None: self._put(m, k, p, _Seen(p, not p.requires_grad))
+            elif written is not None and id(p) not in written: self._put(m, k, p, _Seen(p, s.frozen))
 
-    def written(self, params: Iterable[nn.Parameter]) -> set[int]:
-        "Ids of the parameters that were written since they were noted."
-        return {id(p) for p in params if self.knows(p) and _version(p) > self.of[id(p)][1]}
+    def _put(self, m: nn.Module, k: str, p: nn.Parameter, s: _Seen) -> None:
+        self.of[id(p)],self.at[id(m), k] = s,(ref(m), s)
 
-    def was_frozen(self, p: nn.Parameter) -> bool: return self.knows(p) and self.of[id(p)][2]
+    def _those(self, model: nn.Module, f: Callable[[_Seen, nn.Parameter], bool]) -> set[int]:
+        return {id(p) for m, k, p in _places(model) if (s := self.seen(m, k, p)) is not None and f(s, p)}
 
-    def of_copy(self, params: Iterable[nn.Parameter], copies: Iterable[nn.Parameter]) -> KnownWeights:
-        "What is known of copies of these parameters: the same as of the parameters."
-        params,new = list(params),KnownWeights()
-        written = self.written(params)
-        for p, q in zip(params, copies):
-            if self.knows(p): new.of[id(q)] = _ref(q),-1 if id(p) in written else _version(q),self.of[id(p)][2]
+    def written(self, model: nn.Module) -> set[int]:
+        "Ids of the parameters that were written, or replaced, since they were noted."
+        return self._those(model, _Seen.written)
+
+    def frozen(self, model: nn.Module) -> set[int]:
+        "Ids of the parameters that were frozen when they were noted."
+        return self._those(model, lambda s, p: s.frozen)
+
+    def of_copy(self, model: nn.Module, copied: nn.Module) -> KnownWeights:
+        "What is known of a copy of a model: the same as of the model."
+        new,written = KnownWeights(),self.written(model)
+        for (m, k, p), (n, _, q) in zip(_places(model), _places(copied)):
+            if (s := self.seen(m, k, p)) is not None: new._put(n, k, q, _Seen(q, s.frozen, id(p) in written))
         return new
 
 
@@ -85,7 +124,7 @@ class CallbackOnNewWeights(Callback):
                 raise ValueError(f"cbs: got a second {type(self).__name__}; the Learner has {other!r} already. Keep "
                                  f"one: `learn.remove_cb(learn.{self.name})` removes the first")
         super().__setattr__(name, value)
-        if name == 'learn' and value is not None: self.known.note(parameters(value.model))
+        if name == 'learn' and value is not None: self.known.note(value.model)
 
     def reset(self) -> None:
         "Forget what was done: the next fit initializes the model, even if it has been trained."
@@ -105,12 +144,10 @@ class CallbackOnNewWeights(Callback):
         if force: return ''
         return "it was loaded from a file" if self.from_file else came_trained(self.learn, self.known)
 
-    def _holds_meaning(self) -> Callable[[Unit], bool]:
-        "Which units hold weights that were loaded, were frozen, or belong to the body of a pretrained Learner."
-        params = parameters(self.learn.model)
-        frozen = {id(p) for p in params if self.known.was_frozen(p)}
-        keep = self.known.written(params) | frozen | pretrained_body(self.learn)
-        return lambda u: any(id(w.value) in keep for w in u.weights)
+    def _held(self) -> set[int]:
+        "Ids of the parameters that were loaded, were frozen, or belong to the body of a pretrained Learner."
+        model = self.learn.model
+        return self.known.written(model) | self.known.frozen(model) | pretrained_body(self.learn)
 
     def __getstate__(self): return {k: v for k, v in super().__getstate__().items() if k != 'known'}
 
@@ -127,7 +164,7 @@ class CallbackOnNewWeights(Callback):
         if self.learn is None: return new
         model,copied = self.learn.model,deepcopy(self.learn.model, memo)
         if plain(model) in _INITIALIZED: _INITIALIZED.add(plain(copied))
-        vars(new)['known'] = self.known.of_copy(parameters(model), parameters(copied))
+        vars(new)['known'] = self.known.of_copy(model, copied)
         return new
 
 
@@ -137,10 +174,12 @@ def came_trained(learn: Learner, known: KnownWeights) -> str:
     if start is not None: return f"training starts at epoch {start._skip_to}"
     if _was_trained(learn): return "it has been trained"
     params = parameters(learn.model)
-    if params and len(known.written(params)) == len(params): return "its weights were loaded"
+    # A bias or the weight of a norm layer may have been loaded with the numbers that it had.
+    ids = {id(p) for p in params if p.dim() > 1}
+    if ids and known.written(learn.model) >= ids: return "its weights were loaded"
     # Where some are or were frozen, or the Learner knows of a pretrained body, the rest may well be a new head.
-    if vars(learn).get('pretrained') or any(not p.requires_grad or known.was_frozen(p) for p in params): return ''
-    learned = _learned_norm(learn.model)
+    if vars(learn).get('pretrained') or known.frozen(learn.model) or any(not p.requires_grad for p in params): return ''
+    learned = learned_norm(learn.model)
     return f"its norm layer {learned!r} has been trained" if learned else ''
 
 
@@ -174,17 +213,6 @@ def _found_lr(recorder: Callback | None) -> bool:
     lrs = getattr(recorder, 'lrs', ())
     factors = [b/a for a, b in zip(lrs, lrs[1:]) if a > 0]
     return len(factors) > 1 and min(factors) > 1 and max(factors) < 1.001*min(factors)
-
-
-def _learned_norm(model: nn.Module) -> str:
-    "Name of a norm layer that has learned, or \"\": nobody starts both its weight and its bias with several values."
-    def varies(p): return p is not None and not is_lazy(p) and bool((local(p) != local(p)[:1]).any())
-
-    for n, m in model.named_modules():
-        w,b = m._parameters.get('weight'),m._parameters.get('bias')
-        is_norm = 'Norm' in type(m).__name__ and getattr(w, 'ndim', 0) == 1
-        if is_norm and varies(w) and (b is None or varies(b)): return n
-    return ''
 
 
 def begins_a_fit() -> bool:

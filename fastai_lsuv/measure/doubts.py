@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .moments import Evidence, Moments, whole_moments
-from ..parallel.ranks import any_rank, several_ranks
-from ..units.status import Status
+from ..parallel import any_rank, several_ranks
+from ..statuses import Status
 
 __all__ = ['doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'unusual', 'ALIKE_SPREAD',
            'ALIKE_SHARE']
@@ -57,11 +57,13 @@ def doubt(
         carried = _CARRIED*max(1., _ENOUGH_SAMPLES/e.samples)
         if (1 - e.top)*carried**2 < 1 - 1/e.samples: return Status.OUTLIER
     if needed <= _MOST_GAIN: return ''
-    few = m.features < _FEW_FEATURES
-    if e.spread < ALIKE_SPREAD or e.alike and (few or needed > _MOST_GAIN_ALIKE): return Status.ALIKE
-    if not e.alike and x is not None and not any_rank(x.numel() > 0 and not _all_the_same(x)): return Status.ALIKE
-    faint = e.normed and needed > _MOST_GAIN_NORMED and needed*rms_singular() > _MOST_GAIN_NORMED
-    return Status.FAINT if faint else ''
+    few,same = m.features < _FEW_FEATURES,False
+    if not e.alike and x is not None: same = not any_rank(x.numel() > 0 and not _all_the_same(x))
+    if not (e.spread < ALIKE_SPREAD or e.alike or same or e.normed and needed > _MOST_GAIN_NORMED): return ''
+    needed *= rms_singular()  # as from an orthonormal weight
+    if needed <= _MOST_GAIN: return ''
+    if e.spread < ALIKE_SPREAD or same or e.alike and (few or needed > _MOST_GAIN_ALIKE): return Status.ALIKE
+    return Status.FAINT if e.normed and needed > _MOST_GAIN_NORMED else ''
 
 
 def varies(m: Moments, beside: Moments | None = None) -> bool:

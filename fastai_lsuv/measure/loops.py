@@ -4,7 +4,9 @@ The loops see a unit through a `Meter`, which measures, scales and shifts. `Affi
 moments, for a unit whose output is affine in its weight and bias. `solvers.RunAgainMeter` runs any other unit again."""
 from __future__ import annotations
 
-from typing import Protocol
+import re
+from difflib import get_close_matches
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,17 +41,39 @@ def parse_order(
     order: str  # Loops in the order they run, separated by spaces; `+` joins words into one loop
 ) -> Loops:
     "Read an order such as 'std mean' or 'mean+std'. Raises `TypeError` or `ValueError` with the words it takes."
-    examples = ', '.join(map(repr, ORDERS))
-    takes = f"it takes the words 'mean' and 'std', separated by spaces or joined by '+', such as {examples}"
-    if not isinstance(order, str): raise TypeError(f"order: got {order!r} of type {type(order).__name__}; {takes}")
+    if not isinstance(order, str):
+        raise TypeError(f"order: got {order!r} of type {type(order).__name__}; {_takes(order)}")
     loops = tuple(tuple(loop.split('+')) for loop in order.split())
-    if not loops: raise ValueError(f"order: got {order!r}, which holds no loop; {takes}")
+    if not loops: raise ValueError(f"order: got {order!r}, which holds no loop; {_takes(order)}")
     for loop in loops:
         for word in loop:
-            if word not in WORDS: raise ValueError(f"order: unknown word {word!r} in {order!r}; {takes}")
+            if word not in WORDS: raise ValueError(f"order: unknown word {word!r} in {order!r}; {_takes(order)}")
         if len(set(loop)) < len(loop):
-            raise ValueError(f"order: {'+'.join(loop)!r} in {order!r} names a word twice; {takes}")
+            raise ValueError(f"order: {'+'.join(loop)!r} in {order!r} names a word twice; {_takes(order)}")
     return loops
+
+
+def _takes(order: Any) -> str:
+    "What an order may be, after the one that is meant, if that can be told."
+    meant,examples = _meant(order),', '.join(map(repr, ORDERS))
+    start = f"did you mean order={meant!r}? It" if meant else "it"
+    return f"{start} takes the words 'mean' and 'std', separated by spaces or joined by '+', such as {examples}"
+
+
+def _meant(order: Any) -> str:
+    "The known order that one in other words looks like: 'std mean' for 'Std, variance'; \"\" if there is none."
+    words = ' '.join(map(str, order)) if isinstance(order, (list, tuple)) else str(order)
+    words = re.sub(r'\s*[+&]\s*', '+', words.lower())
+    near = [_nearest(w) if w.isalpha() else w for w in re.findall(r'[a-z]+|\+', words)]
+    read = ' '.join(near).replace(' + ', '+')
+    return read if read in (*ORDERS, *WORDS, 'std+mean') and read != order else ''
+
+
+def _nearest(word: str) -> str:
+    "\"mean\" or \"std\" for a word that is near one or means the same."
+    if word in ('var', 'variance', 'stdev', 'deviation', 'scale'): return 'std'
+    if word in ('average', 'avg', 'bias', 'shift'): return 'mean'
+    return next(iter(get_close_matches(word, WORDS, 1, 0.74)), word)
 
 
 class Meter(Protocol):

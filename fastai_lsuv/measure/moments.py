@@ -7,9 +7,9 @@ one of them carries it. `pool` joins the moments of several calls, mini-batches 
 Numbers on the host are numpy's: an operation on a few numbers costs a fifth of torch's, and a pass makes thousands."""
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import isfinite
 from typing import NamedTuple, Sequence
 
 import numpy as np
@@ -182,8 +182,11 @@ def whole_moments(
         mean,squares = total.item()/n,norms*norms
         return mean, float(squares.sum())/n - mean*mean, squares
 
-    with np.errstate(all='ignore') if acc == torch.float64 else nullcontext():  # squares may overflow
+    with np.errstate(all='ignore'):
         mean,var,squares = take(f)
+        if not isfinite(var) and acc == torch.float32:  # squares of finite numbers may overflow
+            f,acc = f.double(),torch.float64
+            mean,var,squares = take(f)
         centre = torch.tensor(mean, dtype=acc).item() if mean*mean > _CENTRE_ABOVE*var else 0.
         if centre: mean,var,squares = take(f.to(acc) - centre)
         evidence = _evidence(x, squares, row, mean, var)
@@ -237,6 +240,9 @@ def channel_moments(
 
     with np.errstate(all='ignore'):
         mean,var,squared,squares = take(x)
+        if not np.isfinite(var).all() and acc == torch.float32:  # squares of finite numbers may overflow
+            x,acc = x.double(),torch.float64
+            mean,var,squared,squares = take(x)
         if (squared > _CENTRE_ABOVE*var).any():
             shape = [1]*x.dim()
             shape[dim] = c

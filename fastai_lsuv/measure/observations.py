@@ -26,7 +26,7 @@ class Observation:
     def pooled(self) -> Moments: return pool(self.moments)
 
     @property
-    def repeated(self) -> bool: return len(self.moments) > 1
+    def calls(self) -> int: return len(self.moments)
 
 
 class Observations:

@@ -42,8 +42,8 @@ class Target:
         "Whether the std is within `batch_tol` of its target; with `per_channel`, of most channels, and none far off."
         _,std = m.stats(self.per_channel)
         if not self.per_channel: return bool(std > 0 and abs(std/self.std - 1) <= self.batch_tol)
-        off = abs(std[std > 0]/self.std - 1)
-        return off.size > 0 and bool(off.mean() <= self.batch_tol and off.max() <= _ONE_CHANNEL*self.batch_tol)
+        off = abs(std/self.std - 1)
+        return bool((std > 0).all() and off.mean() <= self.batch_tol and off.max() <= _ONE_CHANNEL*self.batch_tol)
 
     def met(self,
         m: Moments,

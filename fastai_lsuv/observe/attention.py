@@ -22,6 +22,8 @@ class Projection(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     letter: str  # "q", "k" or "v" where one parameter holds all three, else ""
+    argument: str  # The argument that holds the weight
+    rows: slice  # Of the bias, and of a weight that holds all three
 
 
 def arguments_of(args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -36,8 +38,10 @@ def input_projections(arguments: dict[str, Any]) -> Iterator[Projection]:
     for i, name in enumerate(('query', 'key', 'value')):
         rows,letter,x = slice(i*size, (i + 1)*size),name[0],arguments[name]
         x = x.transpose(0, 1) if x.dim() == 3 else x  # samples first
-        weight = arguments[f'{letter}_proj_weight'] if separate else arguments['in_proj_weight'][rows]
-        yield Projection(x, weight, bias[rows] if bias is not None else None, '' if separate else letter)
+        argument = f'{letter}_proj_weight' if separate else 'in_proj_weight'
+        weight = arguments[argument] if separate else arguments[argument][rows]
+        yield Projection(x, weight, bias[rows] if bias is not None else None, '' if separate else letter, argument,
+                         rows)
 
 
 @torch.no_grad()

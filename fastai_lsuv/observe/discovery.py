@@ -1,196 +1,169 @@
-"""The units that no layer applies: `Discovery` knows which parameters a linear operation may take as its weight.
+"""Finds the units in the linear operations that a model calls.
 
-A model may hold weights in no conv or linear layer: experts in one parameter, a library's own linear layer, `x @ w`.
-Where a linear operation takes such a parameter, or a view of it, the view is an `OperationUnit`. `Discovery.uses` says
-which units an operation uses, and makes them when they are first used. `hooks` asks it as the model runs."""
+Where an operation takes a parameter, or a view of one, as its weight, that weight in that direction is a unit.
+`Discovery.uses` says which units an operation uses, and makes them when they are first used."""
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from .operations import GROUPED, OPERATIONS, Call, Layout
-from ..parallel.ranks import several_ranks
-from ..parallel.sharded import Shards
-from ..units.units import Unit
-from .views import Copy, Source, Sources, View, ViewRef
-from ..units.weights import Parts
+from ..parallel import several_ranks
+from ..units import EMBEDDINGS, Layout, Ref, Selection, Source, Sources, Unit, View, is_layer, view_unit
+from .operations import GROUPED, OPERATIONS, Call
 
-__all__ = ['OperationUnit', 'Use', 'Discovery', 'unused_slices']
-
-
-class OperationUnit(Unit):
-    "A view of a parameter that linear operations take as their weight. What they put out is measured."
-    is_module = False
-
-    def __init__(self, name: str, view: View, layout: Layout, bias: View | None, affine: bool):
-        weight,bias = ViewRef(view, layout),ViewRef(bias) if bias is not None else None
-        frozen,source = weight.frozen(),view.source
-        if bias is not None and bias.frozen(): bias = None
-        super().__init__(name, source.module, Parts(source.module, [] if frozen else [weight], bias, frozen,
-                                                    layout.channel_dim, affine))
-        self.weight = weight
-        self.replaces: Unit | None = source.unit  # The unit of a layer that the model does not call
-        if self.replaces is not None: self.kind = self.replaces.kind
-        self.added_bias: Tensor | None = None  # The bias that the operation adds, whoever owns it
-        self.apart = several_ranks() and view.index() is not None
-        of_bias = bias.view.recipe if bias is not None else None
-        self.recipe = (*view.recipe, layout, of_bias, affine)  # what other ranks can make it of
-        views = [view, *([bias.view] if bias is not None else [])]
-        self.shards = Shards((v.source.module, v.source.attribute, v.source.param) for v in views)
-
-    @property
-    def added(self) -> Tensor | None: return self.added_bias
-
-    @property
-    def parameters(self) -> list[nn.Parameter]: return [r.value for r in (self.weight, self.bias) if r is not None]
-
-    @property
-    def versioned(self) -> Iterable[Tensor]: return (r.value for r in self.refs)
+__all__ = ['Use', 'Discovery', 'unused_slices']
 
 
 @dataclass
 class Use:
     "One use of a unit by an operation."
-    unit: OperationUnit
-    copies: list[Copy]  # Copies of the weight and the bias that the operation takes
+    unit: Unit
+    bias: Tensor | None = None  # What the operation adds, whoever owns it
+    times: float = 1.  # The factor that it is added with
+    is_row: bool = True  # Whether it has one number a channel
     rows: slice | None = None  # Which rows of the output are the unit's; `None`: all
-
-    def refresh(self) -> None:
-        "Compute the copies again from what the parameters now hold."
-        for c in self.copies: c.refresh()
+    input: Any = None  # What the operation multiplies by the weight, if it is at hand
 
 
 class Discovery:
-    "Finds the units in the linear operations on parameters that no other unit owns."
+    "The units in the operations of one model."
     def __init__(self,
-        sources: Iterable[Source],  # The parameters that may be found
-        selects: Callable[[str, Source], bool],  # Whether a unit is wanted, by its name and its parameter
+        selection: Selection,  # Which units are wanted
         prepare: Callable[[Unit], object]  # Gives a unit its target, and says whether it is left alone
     ):
-        self.sources,self.selects,self.prepare = Sources(sources),selects,prepare
-        self.units: dict[Any, OperationUnit] = {}
+        self.selection,self.prepare,self.sources = selection,prepare,Sources(selection.sources)
+        self.units: dict[Any, Unit] = {}
         self.declined: set[int] = set()  # Parameters in units that are not wanted, by id
         self.taken: set[int] = set()  # Parameters that some function took, by id
+        self.transformed: set[int] = set()  # Parameters that an operation took inside of a `torch.func` transform
+        self.reshaped: set[int] = set()  # Parameters of one dimension that an operation took as a matrix
         self.closed = False  # Whether there are no further units
+        self._known: dict[tuple, tuple[Unit | None, Layout]] = {}  # By function and id of a parameter
+        self._of_param: dict[int, list[Unit]] = {}  # By id of their parameter
+        self._names,self._bias_owners = set(),{}  # Of units; and of each bias, the unit that took it first
+        held = [(id(p), m) for _, m in selection.named for p in m._parameters.values() if p is not None]
+        # A module that is no layer may hold a weight too (an embedding tied to a decoder), and use it in another way.
+        self._elsewhere = {i for i, m in held if isinstance(m, EMBEDDINGS)}
+        # A layer that computes its weight is measured as a block, unless an operation takes its weight after all.
+        self._blocks = {id(s.param): u for u in selection.blocks if is_layer(u.module) for s in selection.sources
+                        if s.module is u.module and s.param.dim() > 1}
+        self._replaced: set[int] = set()
 
-    def look_for(self, units: Iterable[Unit]) -> bool:  # Whether there are any such weights
-        """From now on, look for the weights of these layers in operations too. The model does not call the layers.
+    def begin_pass(self) -> None:
+        if self.sources.sharded: self._known = {}  # of gathered copies, which a pass makes anew
 
-        A parent may apply their weights itself. The rows of the layers are then those of the operations."""
-        layers = [u for u in units if u.is_module and u.layer is u.module and u.affine and not u.left_alone]
-        sources = [Source(f'{u.name}.{k}' if u.name else k, u.module, k, p, u) for u in layers
-                   for k, p in u.module._parameters.items() if p is not None]
-        self.sources.add(sources)
-        return bool(sources)
-
-    # ---- What an operation uses
-
-    def concerns(self, args: tuple, kwargs: dict) -> bool:
-        "Whether an argument of a function, or a tensor in an argument that is a list, comes from a parameter."
-        for o in (*args, *kwargs.values()):
-            for t in o if isinstance(o, (list, tuple)) else (o,):
-                if isinstance(t, Tensor) and self.sources.find(t) is not None: return True
-        return False
+    def is_replaced(self, block: Unit) -> bool:  # Whether it is a layer whose weight an operation takes as it is
+        return id(block) in self._replaced
 
     def uses(self, func: Callable, args: tuple, kwargs: dict) -> list[Use]:
         "The uses of units by a linear operation."
-        call = OPERATIONS[func].call(args, kwargs)
-        views = {n: self.sources.find(call.arguments.get(n)) for n in call.operation.weights.split()}
+        if func in GROUPED and (args[2] if len(args) > 2 else kwargs.get('offs')) is None:
+            func = torch.bmm  # groups of the same size, stacked
+        operation = OPERATIONS[func]
+        if operation.sure and len(args) > 1 and not kwargs and isinstance(args[1], nn.Parameter):
+            return self._known_use(func, args)
+        call = operation.call(args, kwargs)
+        views = {n: self.sources.find(call.arguments.get(n)) for n in operation.weights.split()}
         found = {n: v for n, v in views.items() if v is not None}
         if len(found) != 1: return []
         (name, view), = found.items()
         layout = call.layout(name)
-        if layout is None or not self._has_input(call, name): return []
+        if layout is None or not _has_input(call, name, self.sources): return []
         if func in GROUPED: return list(self._grouped(call, view, layout))
-        bias = call.bias
-        affine = bias is None or call.plain and (call.operation.sure or _is_row(bias, layout))
-        return self._use(view, layout, bias, affine)
+        bias = self.sources.find(call.bias)
+        if bias is not None: bias = replace(bias, factor=call.times*bias.factor)
+        u = self._unit(view.once(), layout, bias)
+        if u is None: return []
+        is_row = call.bias is None or operation.sure or _is_row(call.bias, layout)
+        others = [a for n, a in call.arguments.items() if n not in (name, operation.bias) and isinstance(a, Tensor)]
+        return [Use(u, call.bias, call.times, is_row, input=others[0] if is_row and len(others) == 1 else None)]
+
+    def _known_use(self, func: Callable, args: tuple) -> list[Use]:
+        "The use of a whole parameter by a function with a place for the weight, such as a conv."
+        key = func,id(args[1])
+        if key not in self._known:
+            view = self.sources.find(args[1])
+            call = OPERATIONS[func].call(args, {})
+            layout = call.layout('weight') if view is not None else None
+            u = self._unit(view, layout, self.sources.find(call.bias)) if layout is not None else None
+            self._known[key] = u,layout
+        u = self._known[key][0]
+        at = 3 if func is F.bilinear else 2
+        given = args[0] if func is not F.bilinear else None
+        return [Use(u, args[at] if len(args) > at else None, input=given)] if u is not None else []
 
     def uses_as_linear(self, weight: Tensor, bias: Tensor | None, letter: str = '') -> list[Use]:
         "The use of a weight as that of a linear layer. A letter tells it from others in the same parameter."
         view = self.sources.find(weight)
         if view is None: return []
         layout = OPERATIONS[F.linear].call((None, weight, bias), {}).layout('weight')
-        return self._use(view, layout, bias, name=f'{view.source.name}[{letter}]' if letter else '')
-
-    def _has_input(self, call: Call, weight: str) -> bool:
-        "Whether anything but weights goes into the operation. A product of weights is not an activation."
-        others = [a for n, a in call.arguments.items() if n not in (weight, call.operation.bias)]
-        views = [self.sources.find(a) for a in others if isinstance(a, Tensor)]
-        return any(v is None or 0 in v.stride or len(v.size) > 2 for v in views)
+        u = self._unit(view, layout, self.sources.find(bias), f'{view.source.name}[{letter}]' if letter else '')
+        return [Use(u, bias)] if u is not None else []
 
     def _grouped(self, call: Call, view: View, layout: Layout) -> Iterator[Use]:
         "A use for each expert, whose rows lie one after the other."
         start = 0
         for i, end in enumerate(call.arguments['offs'].tolist()):
-            one = View(view.source, view.offset + i*view.stride[0], view.size[1:], view.stride[1:], view.copy)
-            if end > start: yield from self._use(one, layout, rows=slice(start, end))
+            one = View(view.source, view.offset + i*view.stride[0], view.size[1:], view.stride[1:], view.factor)
+            if end > start and (u := self._unit(one, layout, None)) is not None: yield Use(u, rows=slice(start, end))
             start = end
-
-    def _use(self, view: View, layout: Layout, bias: Tensor | None = None, affine: bool = True,
-             rows: slice | None = None, name: str = '') -> list[Use]:
-        "One use of a view as a weight, if it is one that is wanted."
-        view,added = view.once(),self.sources.find(bias)
-        u = self._unit(view, layout, added, affine, name)
-        if u is None: return []
-        u.channel_dim,u.added_bias = layout.channel_dim,bias.detach().flatten() if bias is not None else None
-        return [Use(u, [v.copy for v in (view, added) if v is not None and v.copy is not None], rows)]
 
     # ---- Units
 
-    def made(self, recipe: tuple) -> OperationUnit | None:
+    def made(self, recipe: tuple) -> Unit | None:
         "The unit of this recipe, which may come from another rank; `None` if it is not wanted."
         by_name = {s.name: s for s in self.sources.by_id.values()}
-        name,offset,size,stride,layout,of_bias,affine = recipe
-        view = View(by_name[name], offset, size, stride)
+        name,offset,size,stride,layout,of_bias = recipe
         bias = View(by_name[of_bias[0]], *of_bias[1:]) if of_bias is not None else None
-        return self._unit(view, layout, bias, affine)
+        return self._unit(View(by_name[name], offset, size, stride), layout, bias)
 
-    def _unit(self, view: View, layout: Layout, bias: View | None, affine: bool, name: str = ''
-              ) -> OperationUnit | None:
+    def _unit(self, view: View, layout: Layout, bias: View | None, name: str = '') -> Unit | None:
         "The unit of a view and of the direction of its use. It is made at the first use, if it is wanted."
         key = _key(view, layout)
         if key in self.units or self.closed: return self.units.get(key)
-        of_layer,name = view.source.unit,name or view.name
-        if of_layer is not None and view.whole: name = of_layer.name
-        if of_layer is None and not self.selects(name, view.source):
-            self.declined.add(id(view.source.param))
+        source,p = view.source,view.source.param
+        if not self.selection.selects(name or view.name, source):
+            self.declined.add(id(p))
             return None
-        others = [u.weight.view for u in self.units.values() if u.weight.value is view.source.param]
-        u = OperationUnit(self._free(name), view, layout, bias.flat() if bias is not None else None, affine)
-        is_table = isinstance(view.source.module, (nn.Embedding, nn.EmbeddingBag))
-        if not u.left_alone and (is_table or any(map(view.overlaps, others))): u.left_alone = 'tied'
+        if p.dim() < 2: self.reshaped.add(id(p))
+        of_layer = source.layer is not None and view.whole and key == _natural(source)
+        label,module = source.layer if of_layer else (name or view.name, source.module)
+        others = self._of_param.setdefault(id(p), [])
+        tied = id(p) in self._elsewhere or any(view.overlaps(u.weight.view) for u in others)
+        of_bias = Ref(bias.flat()) if bias is not None else None
+        u = view_unit(_free(label, self._names), module, Ref(view, layout), of_bias, 'tied' if tied else '')
+        if u.bias is not None and self._bias_owners.setdefault(u.bias.key, u) is not u: u.bias = None
+        u.apart = several_ranks() and view.index() is not None
+        u.recipe = (*_recipe(view), layout, _recipe(bias) if bias is not None else None)
+        if id(p) in self._blocks: self._replaced.add(id(self._blocks[id(p)]))
         self.prepare(u)
         self.units[key] = u
+        others.append(u)
         return u
 
     def close(self) -> None:
         "Make the units of unused slices, and none after them. The recorder closes it after the first step."
-        self.units |= {_key(u.weight.view, u.weight.layout): u for u in unused_slices(self)}
+        self.units |= {_key(u.weight.view, u.layout): u for u in unused_slices(self)}
         self.closed = True
 
-    def _free(self, name: str) -> str:
-        "The name, with a number if another unit has it."
-        names = {u.name for u in self.units.values()}
-        if name not in names: return name
-        return next(n for i in range(2, len(names) + 3) if (n := f'{name} ({i})') not in names)
 
-
-def unused_slices(discovery: Discovery) -> Iterator[OperationUnit]:
+def unused_slices(discovery: Discovery) -> Iterator[Unit]:
     "Units for the slices that no operation took, of parameters with slices that were taken: experts without a token."
-    by_param: dict[int, dict[int, OperationUnit]] = {}
+    by_param: dict[int, dict[int, Unit]] = {}
     for u in discovery.units.values():
-        if (i := u.weight.view.index()) is not None: by_param.setdefault(id(u.weight.value), {})[i] = u
+        if (i := u.weight.view.index()) is not None: by_param.setdefault(id(u.weight.param), {})[i] = u
     for used in by_param.values():
         weight = next(iter(used.values())).weight
-        view,p = weight.view,weight.value
+        view,p = weight.view,weight.param
         for i in (i for i in range(len(p)) if i not in used):
             other = View(view.source, p.storage_offset() + i*p.stride(0), view.size, view.stride)
-            if not discovery.selects(other.name, view.source): continue
-            unit = OperationUnit(other.name, other, weight.layout, None, True)
+            if not discovery.selection.selects(other.name, view.source): continue
+            unit = view_unit(other.name, view.source.module, Ref(other, weight.layout), None, '')
             discovery.prepare(unit)
             yield unit
 
@@ -198,6 +171,30 @@ def unused_slices(discovery: Discovery) -> Iterator[OperationUnit]:
 def _key(view: View, layout: Layout) -> Any:
     "Identifies a view and the direction in which it is used."
     return view.key((*layout.out, *layout.batch)) if layout.split == 1 else view.key()
+
+
+def _has_input(call: Call, weight: str, sources: Sources) -> bool:
+    "Whether anything but weights goes into the operation. A product of weights is not an activation."
+    others = [a for n, a in call.arguments.items() if n not in (weight, call.operation.bias)]
+    views = [sources.find(a) for a in others if isinstance(a, Tensor)]
+    return any(v is None or 0 in v.stride or len(v.size) > 2 for v in views)
+
+
+def _free(name: str, names: set[str]) -> str:
+    "The name, with a number if another unit has it. It is added to `names`."
+    free = next(n for i in range(1, len(names) + 3) if (n := f'{name} ({i})' if i > 1 else name) not in names)
+    names.add(free)
+    return free
+
+
+def _natural(source: Source) -> Any:
+    "The key of a layer's weight in the direction in which the layer uses it."
+    view,layer = View.whole_of(source),source.layer[1]
+    if not isinstance(layer, _ConvTransposeNd): return view.key((0,))
+    return view.key((1,)) if layer.groups == 1 else view.key()
+
+
+def _recipe(view: View) -> tuple: return view.source.name, view.offset, view.size, view.stride
 
 
 def _is_row(bias: Tensor, layout: Layout) -> bool:

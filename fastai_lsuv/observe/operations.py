@@ -13,23 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['Layout', 'Operation', 'Call', 'OPERATIONS', 'GROUPED', 'COPIES']
+from ..units import Layout
 
-
-@dataclass(frozen=True)
-class Layout:
-    "What each dimension of a weight is for, and where the output holds the channels."
-    out: tuple[int, ...]  # Dimensions that the output has and the input does not
-    batch: tuple[int, ...]  # Dimensions that both have, with a matrix for each index
-    fan_in: tuple[int, ...]  # Dimensions that the products are summed over
-    channels: tuple[int, ...]  # Those of `out` or `batch` that hold the channels
-    channel_dim: int  # Dimension of the output that holds the channels, counted from the end
-    groups: int = 1  # A conv's groups: `out` holds this many, one after the other, each with inputs of its own
-    split: int = 1  # A transposed conv's groups: dimension 0 is split into this many
-
-    def of(self, w: Tensor) -> Tensor:
-        "A weight with the dimensions that this layout describes."
-        return w.unflatten(0, (self.split, -1)) if self.split > 1 else w
+__all__ = ['Operation', 'Call', 'OPERATIONS', 'GROUPED', 'COPIES']
 
 
 @dataclass(frozen=True)
@@ -42,9 +28,9 @@ class Call:
     def bias(self) -> Tensor | None: return self.arguments.get(self.operation.bias)
 
     @property
-    def plain(self) -> bool:
-        "Whether the bias is added as it is."
-        return all(self.arguments.get(name, 1) == 1 for name in ('alpha', 'beta'))
+    def times(self) -> float:
+        "The factor that the bias is added with."
+        return float(self.arguments.get('beta', 1))
 
     def layout(self, name: str) -> Layout | None:
         "How the argument of this name is laid out as a weight; `None` if the output is not linear in it."
@@ -168,22 +154,24 @@ OPERATIONS: dict[Callable, Operation] = {
     **dict.fromkeys(GROUPED, _grouped),
 }
 
-def _one(args: tuple, of: Tensor) -> int: return 1
-def _minus_one(args: tuple, of: Tensor) -> int: return -1
+def _one(args: tuple, of: Tensor) -> float: return 1.
+def _minus_one(args: tuple, of: Tensor) -> float: return -1.
 
 
-def _times(args: tuple, of: Tensor) -> Any:
+def _times(args: tuple, of: Tensor) -> float | None:
+    if len(args) < 2: return None  # given by keyword
     other = args[1] if args[0] is of else args[0]
-    return other if isinstance(other, (int, float)) or isinstance(other, Tensor) and other.numel() == 1 else None
+    is_number = isinstance(other, (int, float)) or isinstance(other, Tensor) and other.numel() == 1
+    return float(other) if is_number else None
 
 
-def _divided(args: tuple, of: Tensor) -> Any:
+def _divided(args: tuple, of: Tensor) -> float | None:
     by = _times(args, of)
-    return 1/by if by is not None and args[0] is of else None
+    return 1/by if by and args[0] is of else None
 
 
 # Functions whose output is one of their arguments, converted or multiplied by a number; and what gives that number.
-COPIES: dict[Callable, Callable[[tuple, Any], Any]] = {
+COPIES: dict[Callable, Callable[[tuple, Any], float | None]] = {
     **dict.fromkeys((Tensor.to, Tensor.half, Tensor.bfloat16, Tensor.float, Tensor.double, Tensor.type, Tensor.type_as,
                      Tensor.cpu, Tensor.cuda, Tensor.contiguous, Tensor.clone, torch.clone), _one),
     **dict.fromkeys((Tensor.mul, torch.mul), _times),

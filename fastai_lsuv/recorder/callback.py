@@ -1,10 +1,8 @@
 """`ActivationStatsRecorder`: fastai's `ActivationStats`, exact, nearly free and bounded in memory.
 
-The class here is the callback. It tells a `FitRecording` what the Learner does, and writes finished epochs.
-The `FitRecording` measures the layers and fills a `RecordStore`.
-The base classes `StatsTables` and `StatsPlots` read that store, and show it as numbers, words and pictures.
-In a training step: `before_batch` starts to measure, `after_pred` stops, `after_batch` stores a record.
-At the end of an epoch, the records come to the host and are written."""
+The class here is the callback. It tells a `FitRecording` what the Learner does, and writes finished epochs. The
+`FitRecording` measures the layers and fills a `RecordStore`. The base classes `StatsTables` and `StatsPlots` read that
+store, and show it as numbers, words and pictures."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,10 +12,11 @@ import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model, rank_distrib
 
+from ..arguments import answers_unknown
 from .files import StatsFile, write_new_records
-from .fit import FitRecording
-from .options import RecorderOptions
+from .options import checked
 from .plots import StatsPlots
+from .recording import FitRecording
 from .records import RecordStore
 from .tables import StatsTables
 
@@ -37,9 +36,8 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     `hist=True` covers -10 to 10, as most layers come before their activation. fastai's range is `hist=(40, 0, 10)`.
 
     `sample=k` measures every k-th sample (along dimension 0) of activations above 2**18 elements, and of their
-    gradients. Counts are scaled up. In a batch of N samples, the standard error of a mean is about s*sqrt((k-1)/N),
-    where s is the std of the samples' own means. That of a std is about q*sqrt((k-1)/N)/(2*std), where q is the std
-    of the samples' own mean squares about the mean.
+    gradients. In a batch of N samples, the standard error of a mean is about s*sqrt((k-1)/N), and that of a std about
+    q*sqrt((k-1)/N)/(2*std): s and q are the stds of the samples' own means, and of their mean squares about the mean.
 
     It starts anew with every fit unless `append`. Its hooks stay on the model, idle, only after an exception, until
     the next fit. `torch.compile`d models leave their graph at each recorded layer: compile without `fullgraph=True`.
@@ -51,8 +49,9 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     order,remove_on_fetch,feeds_nothing = -20,True,True  # the last: LSUV need not run it to see what the model is fed
     _stateattrs = '_store', '_recording', '_starting'
 
+    @answers_unknown
     def __init__(self,
-        modules: Any = None,  # Types, a predicate, names, globs, modules; default: those of LSUV, and recurrent
+        modules: Any = None,  # Types, a predicate, names, globs, modules; default: those of LSUV, norms and recurrent
         every: int = 1,  # Record every so many training steps
         hist: bool | int | tuple[int, float, float] | None = None,  # True: (80, -10, 10); bins; or (bins, low, high)
         grads: bool = False,  # Also mean, std and share of exact zeros of the gradients of the layers' outputs
@@ -61,10 +60,11 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
         max_steps: int = 5000,  # Beyond this many records, drop every second one and record half as often
         fname: str | Path | None = None,  # Write finished epochs to this file in `learn.path`: `.parquet`, or else CSV
         append: bool = False,  # Go on after the records (and the file) of earlier fits instead of starting anew
-        sample: int | None = None,  # Measure every so many-th sample of large activations; default: all samples
+        sample: int | None = None  # Measure every so many-th sample of large activations; default: all samples
     ):
         super().__init__()
-        self._options = RecorderOptions(modules, every, hist, grads, valid, near_zero, max_steps, append, sample)
+        self._options = checked(modules=modules, every=every, hist=hist, grads=grads, valid=valid, near_zero=near_zero,
+                                max_steps=max_steps, append=append, sample=sample)
         self._file = None if fname is None else StatsFile(fname)
         self._init_state()
 
@@ -78,7 +78,7 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
     def before_fit(self):
         "Drop hooks that an exception left, and start anew when training starts."
         self.after_train()
-        self._recording, self._starting = None, True
+        self._recording,self._starting = None,True
 
     def before_train(self):
         "Put the hooks in place."
@@ -94,45 +94,39 @@ class ActivationStatsRecorder(StatsTables, StatsPlots, Callback):
 
     def before_batch(self):
         "Start measuring if this step is due."
-        if self._recording is not None:
-            self._recording.before_batch(self.model, self.epoch, self.train_iter)
+        if self._recording: self._recording.before_batch(self.model, self.epoch, self.train_iter)
 
     def after_pred(self):
         "Stop measuring: what runs the model from here to the next batch is not its forward pass."
-        if self._recording is not None:
-            self._recording.after_pred(self.model)
+        if self._recording: self._recording.after_pred(self.model)
 
     def after_backward(self):
         "Note by how much mixed precision scaled the loss, and with it the gradients of this step."
         scaler = getattr(self.learn, 'scaler', None)
-        if self._recording is None or not self._options.grads or scaler is None or not scaler.is_enabled(): return
-        self._recording.after_backward(scaler.scale(torch.ones_like(self.loss_grad.detach())))
+        if not self._recording or not self._options.grads or scaler is None or not scaler.is_enabled(): return
+        self._recording.hooks.loss_scale = scaler.scale(torch.ones_like(self.loss_grad.detach()))
 
     def after_batch(self):
         "Keep what was measured, on the device."
-        if self._recording is not None:
-            self._recording.after_batch(self.model, self.epoch, self.train_iter)
+        if self._recording: self._recording.after_batch(self.model, self.epoch, self.train_iter)
 
     def after_train(self):
         "Remove the hooks."
-        if self._recording is not None:
-            self._recording.leave()
+        if self._recording: self._recording.leave()
 
     def after_validate(self):
         "Make one record of the validation, and remove the hooks."
-        if self._recording is not None:
-            self._recording.after_validate(self.epoch, self.train_iter)
+        if self._recording: self._recording.after_validate(self.epoch, self.train_iter)
 
     def after_epoch(self):
         "Bring the epoch's records to the host, at once, and write them where asked."
         self._store.fetch()
-        if self._recording is None: return
+        if not self._recording: return
         self._recording.leave()
-        if rank_distrib() == 0:
-            write_new_records(self._store, self._file, self.path, self.learn.cbs)
+        if rank_distrib() == 0: write_new_records(self._store, self._file, self.path, self.learn.cbs)
 
     def after_fit(self):
-        "As after an epoch, if `CancelFitException` ended one early."
+        "Do as after an epoch, if `CancelFitException` ended one early."
         self.after_epoch()
         self._recording = None
 

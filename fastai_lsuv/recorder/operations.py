@@ -13,14 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..observe.conditions import Functions
-from ..observe.discovery import Discovery, OperationUnit
-from ..observe.hooks import OperationHooks
-from ..observe.operations import COPIES
-from ..units.selection import is_named, loose_parameters, names_in, names_module, select_modules
-from ..report.text import some_names
-from ..units.units import Unit
-from ..observe.views import Source
+from ..observe import COPIES, Discovery, Functions, Use, Watch
+from ..text import some_names
+from ..units import Source, Unit, is_named, loose_of, names_in, names_module, select_modules, sources_of
 
 __all__ = ['RecordedOperations', 'ForwardWatch']
 
@@ -30,6 +25,7 @@ class RecordedOperations:
 
     It measures what they put out, and changes nothing."""
     changes = in_graph = False
+    blocks = ()
 
     def __init__(self,
         model: nn.Module,
@@ -38,10 +34,11 @@ class RecordedOperations:
         take: Callable[[str, Tensor, slice | None], object]  # Gets an operation's name, output, and rows of it
     ):
         self.model,self.modules,self.layers,self.take = model,modules,layers,take
-        loose = loose_parameters(model)
-        self.holders = {id(m) for _, m in select_modules(model, modules, loose)} if modules is not None else set()
-        self.discovery = Discovery(loose, self._selects, lambda u: None)
-        self.names: dict[OperationUnit, str] = {}  # Of those that are recorded
+        self.named,self.all_sources = list(model.named_modules()),sources_of(model)
+        self.sources = loose_of(self.all_sources)
+        self.holders = _holders(model, modules, self.sources)
+        self.discovery = Discovery(self, lambda u: None)
+        self.names: dict[Unit, str] = {}  # Of those that are recorded
         self.seen: dict[str, None] = {}  # Names of all operations on such parameters, recorded or not
         self.recording = self.settled = False
         self.looked_for_uncalled = False  # Whether the weights of layers that were not called are looked for
@@ -56,22 +53,29 @@ class RecordedOperations:
 
     def _mode(self) -> Functions | None:
         "What sees the functions. `torch.compile`d code leaves its graph for it, so that it sees numbers."
-        wrappers,_ = OperationHooks(self.discovery, self).functions
+        wrappers = Watch(self.discovery, self).wrappers if any(s.param.dim() > 1 for s in self.sources) else {}
         seen = {f: self._noting(h) for f, h in wrappers.items() if not self.settled or f in self.useful}
         if 'torch._dynamo' in sys.modules: seen = {f: torch.compiler.disable(h) for f, h in seen.items()}
         return Functions(seen) if seen else None
 
     def _noting(self, handler: Callable) -> Callable:
-        "A handler that notes whether its function is of use."
+        """A handler that notes whether its function is of use.
+
+        Only the function itself is in the graph: activation checkpointing counts the tensors that are saved."""
         def handle(func, run, /, *args, **kwargs):
             copies = self.discovery.sources.copies
             before = self.n_uses, len(copies)
-            out = handler(func, run, *args, **kwargs)
+            in_graph = torch.is_grad_enabled()
+
+            def run_as_called(*args, **kwargs):
+                with torch.set_grad_enabled(in_graph): return run(*args, **kwargs)
+
+            with torch.no_grad(): out = handler(func, run_as_called, *args, **kwargs)
             if before != (self.n_uses, len(copies)): self.useful.add(func)
             return out
         return handle
 
-    def _selects(self, name: str, of: Source) -> bool:
+    def selects(self, name: str, of: Source) -> bool:
         """Whether an operation is recorded: by its name, that of its parameter, or the module that holds this.
 
         Those inside an attention have to be computed again, and so are recorded only by name."""
@@ -82,23 +86,26 @@ class RecordedOperations:
 
     def begin_step(self, recording: bool) -> None:
         self.recording = recording
-        if recording and not self.idles: self.discovery.sources.locate()
+        if recording and not self.idles:
+            self.discovery.begin_pass()
+            self.discovery.sources.locate()
 
     def settle(self, called: set[str]) -> bool:  # Whether this was the last step that looks for operations
         "End the first step. If layers were not called, their parents may apply their weights: look once more."
         if not self.looked_for_uncalled and self._looks_for_uncalled(called): return False
         self.discovery.close()
-        for u in self.discovery.units.values(): self.start(u)
+        for u in self.discovery.units.values(): self._name(u)
         self.settled = True
         if self.useful <= COPIES.keys(): self.useful = set()  # no operation took what was copied
         self.mode = self._mode()
         return True
 
     def _looks_for_uncalled(self, called: set[str]) -> bool:
-        uncalled = [Unit(n, m) for n, m in self.layers.items() if n not in called]
-        for u in uncalled: u.left_alone = ''
-        self.looked_for_uncalled = True
-        if not self.discovery.look_for(uncalled): return False
+        self.looked_for_uncalled,uncalled = True,{id(m) for n, m in self.layers.items() if n not in called}
+        more = [s for s in self.all_sources if id(s.module) in uncalled and s not in self.sources]
+        if not more: return False
+        self.sources = [*self.sources, *more]
+        self.discovery = Discovery(self, lambda u: None)
         self.mode = self._mode()
         return True
 
@@ -127,13 +134,17 @@ class RecordedOperations:
     @property
     def busy(self) -> bool: return not self.recording
 
-    def start(self, u: OperationUnit) -> bool:
-        self.names.setdefault(u, u.name.replace('_orig_mod.', ''))
-        return False
+    def _name(self, u: Unit) -> str: return self.names.setdefault(u, u.name.replace('_orig_mod.', ''))
 
-    def observe(self, u: OperationUnit, out: Any, again: Any = None, rows: slice | None = None) -> None:
+    def observe(self, use: Use, out: Any) -> Any:
         self.n_uses += 1
-        self.take(self.names[u], out, rows)
+        self.take(self._name(use.unit), out, use.rows)
+        return out
+
+
+def _holders(model: nn.Module, modules: Any, sources: list[Source]) -> set[int]:
+    "Ids of the modules that `modules` selects; none if it selects all."
+    return {id(m) for _, m in select_modules(model, modules, sources)} if modules is not None else set()
 
 
 class ForwardWatch:

@@ -1,23 +1,20 @@
-"""What was done to every layer: `LSUVReport`, a `Row` a unit, with its tables and its plot.
-
-`NoReport` stands where there is none yet. pandas and matplotlib are imported when they are used."""
+"What was done to every layer: `LSUVReport`, and `NoReport` where there is none. It imports pandas only when asked."
 from __future__ import annotations
 
 from dataclasses import asdict
 from html import escape
 from typing import TYPE_CHECKING, Any, Iterator, NewType, NoReturn, overload
 
+from ..statuses import DONE, STATUSES
 from . import sentences
 from .markup import report_html
-from .rows import DONE, STATUSES, Row
-from .tables import Table, has_baseline, has_gradients
+from .rows import Row
+from .tables import COLUMNS, Table
 
 if TYPE_CHECKING: from pandas import DataFrame
 else: DataFrame = NewType('DataFrame', object)  # what reads annotations does not need pandas
 
 __all__ = ['LSUVReport', 'NoReport', 'Row', 'STATUSES']
-
-_LARGE_GAIN = 30.  # A weight that was scaled by more, or by less than its inverse, is named
 
 
 class LSUVReport:
@@ -28,15 +25,12 @@ class LSUVReport:
     mini-batch of the last pass, pooled over all its calls (and over the ranks of `torch.distributed`), the std unbiased
     as `Tensor.std` is. Where fresh mini-batches keep disagreeing, those of the last passes are pooled.
 
-    What became of a unit is its `status`: "ok", "no bias" (std right, and no bias to move the mean with), "off",
-    "frozen", "tied", "constant", "unresponsive", "alike", "outlier", "faint", "not called", "non-finite" or "undone";
-    `STATUSES` explains them. A unit is "ok" only if its std was measured within `batch_tol` of its target and, where
-    the order ends with a mean loop, its mean as close to its target as so many samples can tell.
+    What became of a unit is its `status`, a word that `STATUSES` explains. A unit is "ok" only if its std was measured
+    within `batch_tol` of its target. Where the order ends with a mean loop, its mean is at its target as well, within
+    max(`batch_tol`, 3/sqrt(samples)) stds: a fresh mini-batch of 64 samples may find it 0.375 stds off.
 
     A row's `weights` names the parameters that it speaks for. Each other parameter of two or more dimensions is in
-    `outside`, with a word why: "embedding", "recurrent", "not selected" (by `modules`), "not called", "vector" (one
-    number a channel) or "not linear" (no linear operation takes it). `coverage` is the share of their elements that
-    are in rows."""
+    `outside`, with a word why. `coverage` is the share of their elements that are in rows."""
     def __init__(self,
         rows: list[Row],  # In order of execution
         order: str = '',  # The loops that were run; "" if none
@@ -46,11 +40,12 @@ class LSUVReport:
         loss_note: str = '',  # What is to be said of the loss, or why it was not taken
         unusual: str = '',  # What sets the last mini-batch apart from those that networks train on
         outside: dict[str, str] | None = None,  # Parameters of two or more dimensions in no row, each with a word why
-        coverage: float = 1.  # Share of the elements of parameters of two or more dimensions that are in rows
+        coverage: float = 1.,  # Share of the elements of parameters of two or more dimensions that are in rows
+        not_mirrored: str = ''  # Why no layer starts mirrored, with `preinit="mirrored"`
     ):
         self.rows,self.order,self.n_passes = tuple(rows),order,n_passes
         self.loss,self.undone,self.loss_note,self.unusual = loss,undone,loss_note,unusual
-        self.outside,self.coverage = dict(outside or {}),coverage
+        self.outside,self.coverage,self.not_mirrored = dict(outside or {}),coverage,not_mirrored
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
@@ -63,14 +58,14 @@ class LSUVReport:
     ) -> Row | tuple[Row, ...]:  # Its row; of a slice, a tuple of rows
         "The row of a position or of a unit's name. Raises `KeyError`, with the names there are, or `IndexError`."
         if not isinstance(i, str): return self.rows[i]
-        row = next((r for r in self.rows if r.name == i), None)
-        if row is not None: return row
+        for row in self.rows:
+            if row.name == i: return row
         names = ', '.join(r.name for r in self.rows[:8]) + (', ...' if len(self) > 8 else '')
         raise KeyError(f"{i!r} is not a layer of this report; its layers are {names}")
 
     @property
     def ok(self) -> bool:
-        "Whether the last pass measured every unit at its target."
+        "Whether every unit is at its target, or needs nothing: a norm layer sets its scale."
         return all(r.status in DONE for r in self.rows)
 
     @property
@@ -80,54 +75,43 @@ class LSUVReport:
 
     @property
     def left_alone(self) -> str:
-        "One sentence that names the units that are not at their target, by status; \"\" if there are none."
-        return '' if self.undone else sentences.left_alone(self.rows)
+        "The units that are not at their target, a line for each status; \"\" if there are none."
+        return '' if self.undone else sentences.left_alone(self)
 
     @property
     def large_gains(self) -> tuple[Row, ...]:
         "The units whose weight was scaled by more than 30, or by less than 1/30."
-        return tuple(r for r in self.rows if not 1/_LARGE_GAIN <= r.gain <= _LARGE_GAIN)
+        return tuple(r for r in self.rows if not 1/30 <= r.gain <= 30)
 
     @property
     def remarks(self) -> list[str]:
         "What else a user should look at: undone weights, large gains, an unusual mini-batch, no loss taken."
-        return sentences.remarks(self.undone, self.large_gains, self.unusual, '' if self.loss else self.loss_note)
+        return sentences.remarks(self)
 
     @property
     def warning(self) -> str:
-        "All that a user should look at, in a few sentences; \"\" if there is nothing."
-        return ' '.join(filter(None, [self.left_alone, *self.remarks]))
+        "All that a user should look at, in lines; \"\" if there is nothing."
+        return '\n'.join(filter(None, [self.left_alone, *self.remarks]))
 
     @property
     def summary(self) -> str:
         "What came of it, in one line."
-        if not self.order: what = sentences.seen(self.rows)
-        else: what = sentences.done(self.rows, self.order, self.n_passes, self.loss, self.loss_note)
-        return what + sentences.covered(self.coverage, self.outside)
+        return sentences.headline(self) + sentences.mirrored(self) + sentences.covered(self)
 
     def df(self) -> DataFrame:  # A row a unit, in order of execution
         "A DataFrame: a row a unit, the fields of `Row` as columns; baseline and gradients only if they were asked for."
         import pandas as pd
         df = pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
-        absent = [] if has_baseline(self.rows) else ['mean_before', 'std_before']
-        return df.drop(columns=absent if has_gradients(self.rows) else [*absent, 'grad_std', 'weight_grad'])
-
-    @property
-    def _left_out(self) -> list[str]: return list(filter(None, [sentences.left_out(self.outside)]))
-
-    def _table(self, folds: bool = True) -> Table: return Table(self.rows, bool(self.order), folds)
+        return df.drop(columns=[c.field for c in COLUMNS if self.rows and not c.given(self.rows)])
 
     def __str__(self) -> str:
-        table = self._table()
-        notes = [*(f'{status}: {note}' for status, note in table.notes), *self.remarks, *self._left_out]
-        return '\n'.join([self.summary, '', table.text(), *([''] if notes else []), *notes])
+        table = Table(self.rows, bool(self.order))
+        notes = [*(f'{words.word}: {words.note}' for words in table.notes), *self.remarks, sentences.left_out(self)]
+        first = sentences.headline(self) + sentences.mirrored(self)
+        return '\n'.join([first, '', table.text(), '', *filter(None, notes)]).rstrip()
 
     __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        table = self._table()
-        whole = self._table(folds=False) if table.folded else None
-        return report_html(self.summary, self.remarks, self._left_out, table, whole)
+    def _repr_html_(self) -> str: return report_html(self)
 
     def plot(self,
         axs: Any = None,  # Two matplotlib axes, for std and mean; new ones by default
@@ -142,9 +126,7 @@ class LSUVReport:
 
 
 class NoReport:
-    """Stands for the report where LSUV has not run, and says why and what to do.
-
-    It is false and empty. Anything that a report is asked for raises `AttributeError` with the same words."""
+    "Stands for the report where LSUV has not run: false, empty, and any attribute raises an error that says why."
     def __init__(self,
         why: str  # In sentences
     ):

@@ -1,102 +1,95 @@
-"What a report says in sentences. `report` puts them together for a warning, a log line or a page."
+"What an `LSUVReport` says in sentences, for a warning, a log line or a page."
 from __future__ import annotations
 
-import math
 from collections import Counter
-from typing import Sequence
+from math import isfinite
+from typing import TYPE_CHECKING, Sequence
 
-from .rows import DONE, OUTSIDE, STATUSES, Row
-from .text import counted, number, some_names
+from ..statuses import DONE, OUTSIDE, STATUSES, Status
+from .rows import Row
+from ..text import counted, some_names
 
-__all__ = ['seen', 'done', 'covered', 'left_out', 'left_alone', 'remarks']
+if TYPE_CHECKING: from .report import LSUVReport
 
-_NEARLY_ALL = 0.99  # A coverage below this is told
+__all__ = ['headline', 'mirrored', 'covered', 'left_out', 'left_alone', 'mean_tolerance', 'remarks']
 
-
-def _others(rows: Sequence[Row]) -> str:
-    "How many layers are not done, by status."
-    counts = Counter(r.status for r in rows)
-    return ''.join(f', {counts[s]} {s}' for s in STATUSES if counts[s] and s not in DONE)
-
-
-def _n_done(rows: Sequence[Row]) -> int: return sum(r.status in DONE for r in rows)
+_TOLD = 0.01  # A share of the weights in no row that is greater than this is told
+_AT_TARGET = (Status.OK, Status.NO_BIAS)
 
 
-def seen(rows: Sequence[Row]) -> str:
-    "What `layer_stats` found, in one line."
-    return f"{counted(len(rows), 'layer')}: {_n_done(rows)} with a std within 0.1 of 1{_others(rows)}."
+def headline(report: LSUVReport) -> str:
+    "What LSUV did, or `layer_stats` found, in one line."
+    layers,counts = counted(len(report), 'layer'),Counter(r.status for r in report)
+    n = sum(counts[s] for s in _AT_TARGET)
+    if not report.order:
+        stds = [r.std for r in report if isfinite(r.std)]
+        reach = f", and goes from {min(stds):.2g} to {max(stds):.2g}" if len(stds) > 1 else ''
+        return f"The std is within 0.1 of 1 in {n} of {layers}{reach}."
+    others = ''.join(f', {counts[s]} {s}' for s in DONE if s not in _AT_TARGET and counts[s])
+    note = f' ({report.loss_note})' if report.loss_note else ''
+    loss = f" Loss {' -> '.join(map(_loss, report.loss))}{note}." if report.loss else ''
+    return f"LSUV: {n} of {layers} at {_target(report)}{others} ({counted(report.n_passes, 'pass', 'passes')}).{loss}"
 
 
-def done(
-    rows: Sequence[Row],
-    order: str,
-    n_passes: int,
-    loss: tuple[float, float] | None,
-    loss_note: str  # All of these as in `LSUVReport`
-) -> str:
-    "What LSUV did, in one line."
-    without = sum(r.status == 'no bias' for r in rows)
-    of_them = f' ({without} of them without a bias)' if without else ''
-    told = f" Training loss {number(loss[0])} before, {number(loss[1])} after" if loss else ''
-    if told and loss_note: told += f" ({loss_note})"
-    layers = counted(len(rows), 'layer')
-    return (f"LSUV: {_n_done(rows)} of {layers} at {_target(rows, order)}{of_them}{_others(rows)}. "
-            f"Order {order!r}, {counted(n_passes, 'forward pass', 'forward passes')}.{told}{'.' if told else ''}")
+def _loss(v: float) -> str: return f'{v:.2f}' if 0.1 <= abs(v) < 1e4 else f'{v:.2g}'
 
 
-def covered(
-    coverage: float,
-    outside: dict[str, str]  # Both as in `LSUVReport`
-) -> str:
-    "How much of the weights is in rows, where that is not nearly all."
-    if coverage >= _NEARLY_ALL: return ''
-    kinds = ', '.join(dict.fromkeys(outside.values()))
-    rest = f' (the rest: {kinds})' if kinds else ''
-    return f" These layers, normalized or not, hold {math.floor(coverage*1000)/10:g} % of the weights{rest}."
-
-
-def left_out(
-    outside: dict[str, str]  # As in `LSUVReport`
-) -> str:
-    "Which weights are in no row, and why; \"\" if there are none."
-    by_word = {why: [n for n in outside if outside[n] == why] for why in dict.fromkeys(outside.values())}
-    said = '; '.join(f'{some_names(names)} ({why}: {OUTSIDE[why]})' for why, names in by_word.items())
-    return f'Weights in no row, left as they are: {said}.' if said else ''
-
-
-def _target(rows: Sequence[Row], order: str) -> str:
+def _target(report: LSUVReport) -> str:
     "What was aimed at, such as \"std 1\"."
-    stat = 'std' if 'std' in order else 'mean'
-    ranges = [r.std_range if stat == 'std' else r.mean_range for r in rows]
+    stat = 'std' if 'std' in report.order else 'mean'
+    ranges = [r.std_range if stat == 'std' else r.mean_range for r in report]
     targets = {round(sum(r)/2, 9) + 0. for r in ranges if r is not None}
     return f'{stat} {targets.pop():g}' if len(targets) == 1 else f'the target {stat}'
 
 
-def left_alone(rows: Sequence[Row]) -> str:
-    "Which layers are not at their target, and why; \"\" if all are."
-    by_status = {s: [r.name or '(model)' for r in rows if r.status == s] for s in STATUSES if s not in DONE}
-    parts = [f"{s} ({STATUSES[s]}): {some_names(names)}" for s, names in by_status.items() if names]
-    n = sum(map(len, by_status.values()))
-    return f"LSUV did not normalize {n} of {counted(len(rows), 'layer')}. {'. '.join(parts)}." if parts else ''
+def mirrored(report: LSUVReport) -> str:
+    "How many layers start mirrored, if any does."
+    n = sum(r.start == 'mirrored' for r in report)
+    return f" {n} of {counted(len(report), 'layer')} start mirrored." if n else ''
 
 
-def remarks(
-    undone: str,  # As in `LSUVReport`
-    large_gains: Sequence[Row],
-    unusual: str,  # As in `LSUVReport`
-    not_taken: str  # Why the loss was not taken; "" if it was, or was not asked for
-) -> list[str]:
+def covered(report: LSUVReport) -> str:
+    "How much of the weights is in no row, unless it is little or the user has left it out."
+    told = 1 - report.coverage > _TOLD and {*report.outside.values()} - {'not selected'}
+    share = float(f'{100 - 100*report.coverage:.2g}')
+    return f" {share:g} % of the weights are outside these layers (see `report.outside`)." if told else ''
+
+
+def left_out(report: LSUVReport) -> str:
+    "Which weights are in no row, and why; \"\" if there are none."
+    names = {why: [n for n, w in report.outside.items() if w == why] for why in report.outside.values()}
+    said = '; '.join(f'{some_names(names[why])} ({why}: {OUTSIDE[why]})' for why in names)
+    part = float(f'{100 - 100*report.coverage:.2g}')
+    return f"{part:g} % of the weights are outside these layers, and LSUV does not change them: {said}." if said else ''
+
+
+def left_alone(report: LSUVReport) -> str:
+    "Which layers are not at their target, and why, a line a status; \"\" if all are."
+    names = {s: [r.name or '(model)' for r in report if r.status == s] for s in STATUSES if s not in DONE}
+    lines = [f"- {s}: {some_names(names[s])}. {STATUSES[s][0].upper()}{STATUSES[s][1:]}." for s in names if names[s]]
+    n = sum(map(len, names.values()))
+    return '\n'.join([f"LSUV did not normalize {n} of {counted(len(report), 'layer')}:", *lines]) if lines else ''
+
+
+def mean_tolerance(rows: Sequence[Row]) -> str:
+    "What a mean may be off by and count as at its target; \"\" if each is within `batch_tol`, the std's tolerance."
+    ok = [(r.mean, r.mean_range, r.std_range) for r in rows if r.status == Status.OK and r.mean_range and r.std_range]
+    reach = [(high - low)/2 for mean, (low, high), std in ok if abs(mean - (low + high)/2) > (std[1] - std[0])/2]
+    if not reach: return ''
+    return (f"here a mean may be up to {max(reach):.2g} off its target. On a fresh mini-batch, its tolerance is "
+            "`batch_tol` or 3/sqrt(samples) stds, whichever is larger.")
+
+
+def remarks(report: LSUVReport) -> list[str]:
     "What else a user should look at, and what to do about it."
-    found = []
-    if undone:
-        found.append(f"LSUV put the weights back: {undone}. Use `modules` to leave out layers whose outputs should not "
-                     "have std 1, give them another `target_std`, or keep the result with `force=True`.")
-    if large_gains:
-        gains = some_names([f'{r.name or "(model)"} by {r.gain:.2g}' for r in large_gains])
-        found.append(f"LSUV scaled some weights by a lot: {gains}. Check that the mini-batch is normalized as it is in "
-                     "training.")
-    if unusual:
-        found.append(f"The mini-batch is unusual: {unusual}. LSUV needs one like those that the model trains on.")
-    if not_taken:
-        found.append(f"The training loss was not taken: {not_taken}. So LSUV did not compare it before and after.")
-    return found
+    gains = some_names([f'{r.name or "(model)"} by {r.gain:.3g}' for r in report.large_gains])
+    not_taken = '' if report.loss else report.loss_note
+    found = [
+        (report.undone, f"LSUV put the weights back: {report.undone}. Leave layers out with `modules` if their outputs "
+         "should not have std 1, give them another `target_std`, or keep the result with `force=True`."),
+        (gains, f"LSUV scaled some weights by a lot: {gains}. Check that the mini-batch is normalized as in training."),
+        (report.unusual, f"The mini-batch is unusual: {report.unusual}. LSUV needs one like those in training."),
+        (report.not_mirrored, f"No layer starts mirrored: {report.not_mirrored}. All keep their weights."),
+        (not_taken, f"LSUV could not take the training loss ({not_taken}), so it did not compare before and after."),
+    ]
+    return [said for why, said in found if why]

@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
+from torch.utils.data import Dataset
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .blame import warn_caller
 from .passes import arguments, call
-from ..parallel.ranks import any_rank, in_step
-from ..keep.state import Snapshot, memory
+from ..keep import Snapshot, memory
+from ..measure import n_samples
+from ..parallel import any_rank, in_step, several_ranks
 
-__all__ = ['Feed', 'join']
+__all__ = ['Feed', 'few_of', 'join']
 
+_FEW = 4  # Fewer samples are mentioned
 _INPUTS = "a tensor, or a tuple or dict of the model's inputs"
 
 
@@ -43,7 +46,7 @@ class Feed:
             if n_inp is not None: batches = tuple(batches)  # what a PyTorch DataLoader yields
             elif get_input is None: _check_list(batches)
         self.model,self.batches,self.n_inp,self.get_input = model,batches,n_inp,get_input
-        self.one = isinstance(batches, (Tensor, tuple, Mapping))
+        self.one = isinstance(batches, (Tensor, tuple, Mapping)) or _is_graph(batches)
         if not self.one and not isinstance(batches, Iterable):
             hint = ", such as its `train`" if hasattr(type(batches), 'train_ds') else ''  # fastai's DataLoaders
             raise TypeError(f"batches: got {type(batches).__name__}; it takes a mini-batch ({_INPUTS}) "
@@ -58,7 +61,11 @@ class Feed:
             _materialize(self.model, self.batch)
         return self
 
-    def __exit__(self, *args) -> None: self.stream = None  # ends a DataLoader's workers
+    def __exit__(self, *args) -> None: self.end()
+
+    def end(self) -> None:
+        "End a DataLoader's workers, which may take a while."
+        self.stream = None
 
     def _begin(self) -> None:
         try: first = next(self.stream)
@@ -106,6 +113,7 @@ class Feed:
         elif not self.one or self.n_inp is not None: b = self._inputs(b)
         if isinstance(b, list): b = tuple(b)
         elif isinstance(b, Mapping): b = dict(b)
+        elif _is_graph(b): b = (b,)
         if not isinstance(b, (Tensor, tuple, Mapping)):
             todo = "`torch.from_numpy` makes a tensor of it" if isinstance(b, np.ndarray) else "see `get_input`"
             raise TypeError(f"batches: mini-batch {self.count} is a {type(b).__name__}; it takes {_INPUTS} ({todo})")
@@ -115,11 +123,14 @@ class Feed:
         device = next((p.device for p in self.model.parameters()), None)
 
         def ready(o):
-            if not isinstance(o, Tensor): return o
-            if o.is_floating_point() and o.isnan().any():
+            if not isinstance(o, Tensor): return o.to(device) if device is not None and _is_graph(o) else o
+            compressed = o.layout not in (torch.strided, torch.sparse_coo)  # they lack `any`
+            if o.is_floating_point() and (o.values() if compressed else o).isnan().any():
                 where = f"in a {str(o.dtype)[6:]} tensor of shape {tuple(o.shape)}"
                 raise ValueError(f"batches: mini-batch {self.count} holds NaNs ({where}); it takes numbers")
             return o.to(device) if device is not None else o
+
+        if self.count == 1: _check_size(self.model, sized)
 
         self.batch = tree_map(ready, b)
         _check_call(self.model, b, self.count, self.n_inp)
@@ -131,6 +142,26 @@ class Feed:
         if n is None and (hasattr(self.batches, 'dataset') or hasattr(self.batches, 'n_inp')):  # a DataLoader
             n = getattr(self.batches, 'n_inp', None) or max(len(b) - 1, 1)  # fastai's rule: the last is the target
         return tuple(b[:n])
+
+
+def _is_graph(b: Any) -> bool:
+    "Whether `b` is one input that is no tensor: a graph, or a `Batch` of them, which can be iterated."
+    if isinstance(b, (Tensor, list, tuple, Mapping, nn.Module, type, Dataset)): return False
+    feeds = hasattr(b, 'dataset') or hasattr(type(b), 'train_ds')  # fastai's DataLoader and DataLoaders have a `to`
+    return not feeds and callable(getattr(b, 'to', None))
+
+
+def _check_size(
+    model: nn.Module,
+    sized: list[Tensor]  # The tensors of the first mini-batch
+) -> None:
+    "Warn where there are too few samples for statistics, as there are if a sample is given without its dimension."
+    x = max((t for t in sized if t.is_floating_point()), key=Tensor.dim, default=None)
+    if x is None or several_ranks(): return
+    alone = x.dim() == 1 and any(len(x) == getattr(m, 'in_features', 0) for m in model.modules())
+    if len(x) >= _FEW and not alone: return
+    warn_caller(f"batches: a tensor of shape {tuple(x.shape)} is taken for {1 if alone else len(x)} sample(s), too few "
+                "to tell a std by; 16 or more will do (`x[None]` makes a mini-batch of a single sample)")
 
 
 def _check_list(tensors: list[Tensor]) -> None:
@@ -177,6 +208,15 @@ def _materialize(model: nn.Module, batch: Any) -> None:
     finally:
         others.restore()
         for m, mode in modes: m.training = mode
+
+
+def few_of(
+    batch: Any,  # A tensor, or nested ones; the first tells how many samples there are
+    n: int
+) -> Any:
+    "The first `n` samples of a mini-batch."
+    held = n_samples(batch)
+    return tree_map(lambda t: t[:n] if isinstance(t, Tensor) and t.dim() and len(t) == held else t, batch)
 
 
 def join(batches: list[Any]) -> Any:

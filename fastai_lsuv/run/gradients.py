@@ -10,9 +10,10 @@ from typing import Any, Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..measure.moments import Moments, first_tensor, pool, whole_moments
+from ..measure import Moments, first_tensor, pool, whole_moments
 from .passes import Passes
-from ..units.units import Unit
+from ..observe import Use
+from ..units import Ref, Unit
 
 __all__ = ['gradients_of']
 
@@ -28,6 +29,7 @@ def gradients_of(
 
     def run() -> None:
         value = _mean(loss(passes.model))
+        _refuse_reentrant(value)
         if not value.requires_grad or not params: return
         grads = torch.autograd.grad(value, params, allow_unused=True)
         grad_of.update((id(p), g) for p, g in zip(params, grads) if g is not None)
@@ -47,9 +49,10 @@ class _Listener:
 
     def __init__(self): self.moments: dict[Unit, list[Moments]] = {}
 
-    def start(self, u: Unit) -> bool: return False
+    def observe(self, use: Use, out: Any) -> Any: return self._listen(use.unit, out, use.rows)
+    def observe_block(self, u: Unit, out: Any, again: Any, args: tuple) -> Any: return self._listen(u, out)
 
-    def observe(self, u: Unit, out: Any, again: Any = None, rows: slice | None = None) -> None:
+    def _listen(self, u: Unit, out: Any, rows: slice | None = None) -> Any:
         def arrived(grad):
             if rows is not None: grad = grad[rows]
             if grad.numel(): self.moments.setdefault(u, []).append(whole_moments(grad))
@@ -57,6 +60,20 @@ class _Listener:
         x = first_tensor(out)
         # A tensor's hook belongs to the value that it has now, whatever an in-place activation writes to it later.
         if x is not None and x.requires_grad: x.register_hook(arrived)
+        return out
+
+
+def _refuse_reentrant(value: Tensor) -> None:
+    "Raise `ValueError` if the graph goes through a reentrant checkpoint, whose inside it does not show."
+    seen,todo = set(),[value.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        if node.name().startswith('CheckpointFunction'):
+            raise ValueError("loss: the model uses reentrant checkpoints, which hide the gradients of the layers "
+                             "inside; pass use_reentrant=False to torch.utils.checkpoint.checkpoint")
+        todo += [n for n, _ in node.next_functions]
 
 
 def _mean(loss: Any) -> Tensor:
@@ -73,9 +90,9 @@ def _std(calls: list[Moments]) -> float | None:
 
 def _relative(u: Unit, grad_of: dict[int, Tensor]) -> float | None:
     "Norm of the gradient over that of the weight; `None` if no gradient reaches it."
-    reached = [r for r in u.weights if id(r.value) in grad_of]
+    reached = [r for r in u.weights if isinstance(r, Ref) and id(r.param) in grad_of]
     if not reached: return None
-    grad,size = _norm(r.own_grad(grad_of[id(r.value)]) for r in reached),_norm(r.tensor for r in reached)
+    grad,size = _norm(r.own_grad(grad_of[id(r.param)]) for r in reached),_norm(r.tensor for r in reached)
     return grad/size if size else math.inf if grad else 0.
 
 

@@ -2,16 +2,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Callable
 
 from torch import nn
 
-from ..measure.loops import parse_order
-from ..measure.targets import Target
-from ..units.units import Unit
+from ..measure import Target, parse_order
+from ..units import Unit
+from .blame import warn_caller
 
 __all__ = ['Options', 'check_whole']
 
@@ -21,6 +20,7 @@ class Options:
     "The options of `lsuv_init`, which explains them. Raises `TypeError` or `ValueError` for the first bad one."
     order: str
     modules: Any
+    exclude: Any
     preinit: str | Callable[[nn.Module], object] | None
     target_mean: float
     target_std: float | Callable[[str, nn.Module], float]
@@ -40,8 +40,8 @@ class Options:
         _check_preinit(self.preinit)
         _check_number('target_mean', self.target_mean, 'a finite number')
         if self.target_mean and not any('mean' in words for words in loops):
-            warnings.warn(f"target_mean: got {self.target_mean!r}, but order={self.order!r} has no mean loop, so "
-                          "target_mean has no effect; add 'mean' to the order", stacklevel=5)
+            warn_caller(f"target_mean: got {self.target_mean!r}, but order={self.order!r} has no mean loop, so "
+                        "target_mean has no effect; add 'mean' to the order")
         takes = 'a positive number, or a function (name, module) -> positive number'
         if not callable(self.target_std): _check_number('target_std', self.target_std, takes, above=0)
         _check_number('tol', self.tol, 'a positive number', above=0)
@@ -63,9 +63,10 @@ def _check_preinit(preinit: Any) -> None:
         name = preinit.__name__
         raise TypeError(f"preinit: got nn.init.{name}, a function of a tensor; it takes a function of a layer, such as "
                         f"lambda layer: nn.init.{name}(layer.weight)")
-    if preinit in ('orthogonal', None) or callable(preinit): return
+    if preinit in ('orthogonal', 'mirrored', None) or callable(preinit): return
     raise (ValueError if isinstance(preinit, str) else TypeError)(
-        f"preinit: got {preinit!r}; it takes 'orthogonal', None (keep the weights) or a function of a layer")
+        f"preinit: got {preinit!r}; it takes None (keep the weights), 'mirrored', 'orthogonal', or a function of a "
+        "layer")
 
 
 def _check_number(name: str, v: Any, takes: str, above: float | None = None) -> None:

@@ -1,42 +1,40 @@
 """One run of LSUV, from finding the units to the report.
 
-`Run` looks at the model, repeats passes until the units are at their targets, and takes the loss. If anything is
-raised, Ctrl-C included, or if the model came out far worse, all is put back."""
+`Run` looks at the model, repeats passes until the units are at their targets, and takes the loss. Weights are written
+between passes. If anything is raised, Ctrl-C included, or if the model came out far worse, all is put back."""
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Callable, Iterator
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..observe.discovery import Discovery
-from ..measure.doubts import unusual
-from .feed import Feed
-from ..keep.items import TensorItem
+from ..keep import Generators, Weights, gradients_aside, uninterrupted
+from ..measure import unusual
+from ..observe import Observer, cloned
+from ..parallel import from_rank_0, in_step, meet
+from ..report import LSUVReport
+from ..start import Start
+from ..statuses import DOUBTS, Status
+from ..text import some_names
+from ..units import NothingToDo, Selection, Unit
+from .blame import warn_caller
+from .feed import Feed, few_of
+from .kept import Kept
 from .loss import LossCheck
 from .options import Options
-from .passes import Passes
-from ..start.preinit import deck_for, preinitialize
-from ..parallel.ranks import in_step, meet
-from ..report.report import LSUVReport
-from ..keep.restore import put_back
-from ..report.results import MeanStd, mean_std, rows_of
-from ..units.selection import find_units, loose_parameters, outside_of, wanted
-from ..parallel.sharded import from_rank_0, local
-from ..keep.state import Preserved, preserved
-from ..units.status import DOUBTS, Status
-from ..units.units import Unit
+from .passes import Passes, call
+from .results import MeanStd, mean_std, rows_of
 
 __all__ = ['Run']
 
 # Mini-batches that are tried because of doubts.
 _MOST_TRIES = 2
-
-
-class _FarWorse(Exception):
-    "Raised inside of `preserved` to put the weights back."
+# Passes that only measure, for layers that the last pass skipped.
+_MOST_LOOKS = 3
+# Samples on which the units are shown to another than the corrector.
+_FEW = 4
 
 
 class Run:
@@ -51,15 +49,12 @@ class Run:
     ):
         def prepare(u):
             u.target = options.target(u)
-            if keep is not None and not u.left_alone and keep(u): u.left_alone = 'frozen'
+            if not u.left_alone and keep is not None and keep(u): u.left_alone = 'frozen'
 
-        self.model,self.feed,self.options,self.watch = model,feed,options,watch
+        self.model,self.feed,self.options,self.prepare,self.watch = model,feed,options,prepare,watch
+        self.keeps = lambda u: bool(u.left_alone) or keep is not None and keep(u)
         self.check = LossCheck(model, loss)
-        named = list(model.named_modules())
-        loose = loose_parameters(model, named)
-        self.units = find_units(model, options.modules, loose, named)
-        for u in self.units: prepare(u)
-        self.discovery = Discovery(outside_of(self.units, loose), wanted(model, options.modules, self.units), prepare)
+        self.selection = Selection(model, options.modules, options.exclude)
         self.before: dict[Unit, MeanStd] = {}
         self.n_passes = 0
         self.tries = 0  # Mini-batches that were tried because of doubts
@@ -68,113 +63,109 @@ class Run:
         force: bool,  # Keep the weights even if the loss comes out far worse
         tell: Callable[[LSUVReport], object]  # Called with the report, while all can still be put back
     ) -> LSUVReport:
-        meet(f"LSUV of {len(self.units)} layers" + (f", first {self.units[0].name!r}" if self.units else ''))
-        try:
-            with _as_on_rank_0(self.model):
-                with self._preserved() as kept:
-                    in_step(lambda: self._normalize(kept))
-                    if self.check.failure and not force: raise _FarWorse
-                try: return in_step(lambda: self._finish(force, tell))
-                except BaseException as e:
-                    kept.roll_back(e)
-                    raise
-        except _FarWorse as e:
-            _check_put_back(e, self.check.failure)
-        report = self._report(force, undone=self.check.failure)
-        tell(report)
-        return report
+        s = self.selection
+        meet(f"LSUV of {len(s.layers) + len(s.blocks)} layers" + ''.join(f", first {n!r}" for n, _ in s.layers[:1]))
+        with _as_on_rank_0(self.model):
+            self.kept,generators = Kept(self.model, [u.layer for u in s.blocks if u.layer is not None]),Generators()
+            try:
+                with gradients_aside(self.model.parameters()):
+                    in_step(self._normalize)
+                    self.feed.end()
+                    undone = '' if force else self.check.failure
+                    if undone: self.kept.put_back()
+                    return in_step(lambda: self._finish(force, undone, tell))
+            except BaseException:
+                with uninterrupted():
+                    self.kept.put_back()
+                    generators.restore()
+                raise
 
-    def _preserved(self):
-        "Keep everything but the units' weights and biases as it was."
-        mine = [u for u in self.units if not u.left_alone]
-        owned,computed = [p for u in mine for p in u.parameters],[u.layer for u in mine]
-        values = [r for u in self.units for r in u.refs if r.has_setter]
-        written: set[int] = set()
-
-        def changed(p):
-            if not written: written.update(id(p) for u in self.units if u.written for p in u.parameters)
-            return id(p) in written
-
-        return preserved(self.model, owned, values, computed, changed)
-
-    def _normalize(self, kept: Preserved) -> None:
-        "Look, correct, and take the loss."
-        options,preinit = self.options,None
-        if options.preinit is not None:
-            preinit = partial(preinitialize, preinit=options.preinit, deck=deck_for(self.units))
-        self.passes = Passes(self.model, self.units, self.discovery, kept=kept, preinit=preinit, watch=self.watch)
+    def _normalize(self) -> None:
+        "Look, start, correct, and take the loss."
+        options = self.options
+        self.passes = Passes(self.model, self.selection, self.prepare, self.kept, watch=self.watch)
         has_loss = self.check.loss is not None
         if options.baseline or has_loss: self._look()
+        self.start = Start(options.preinit, self.passes.discovery, self.keeps, self.kept.before_starting, self._show)
+        self.passes.corrector.waits = self.start.waits
         self._repeat_passes()
-        if not self.units:
-            raise ValueError(f"model: {type(self.model).__name__} has no conv, linear or attention layer, and applies "
-                             "no weight in a linear operation; name what to normalize with `modules`")
-        if has_loss: kept.rewind()
+        if not self.passes.units and not self.selection.layers:
+            raise NothingToDo(self.model)
+        if has_loss: self.kept.rewind()
+        self.kept.put_back_params(self.start.unused())
         self.check.take_after()
         self.n_passes += self.check.pair is not None
+        self.kept.rewind()
+        if self.passes.made:
+            warn_caller("The model makes layers as it runs, which LSUV did not initialize: "
+                        f"{some_names(self.passes.made)}. Run the model once before LSUV, as in `model(batch)`.")
 
     def _look(self) -> None:
         "Measure each unit before anything is changed, in the forward that takes the loss if there is one."
         passes,check = self.passes,self.check
         if check.loss is not None: passes.look(check.take_before)
         if check.pair is None or not passes.order: passes(self.feed.batch, correct=False)
-        seen = [(u, u.seen.latest) for u in passes.order]
-        self.before = {u: mean_std(o.pooled, u.target.per_channel) for u, o in seen if o is not None}
+        self.before = {u: mean_std(u.seen.latest.pooled, u.target.per_channel) for u in passes.order}
         self.n_passes += bool(self.before)
-        for u in self.units: u.seen.forget()
+        for u in passes.units: u.seen.forget()
+
+    def _show(self, few: bool, observer: Observer, wrappers: dict[Callable, Callable]) -> None:
+        "Show the units to an observer as the model runs on a few samples, or on all."
+        batch = few_of(self.feed.batch, _FEW) if few else self.feed.batch
+        self.n_passes += 1
+        try: self.passes.show(observer, lambda: call(self.model, cloned(batch)), wrappers)
+        finally: self.kept.rewind()
 
     def _repeat_passes(self) -> None:
         "Correct until a pass changes nothing, or `max_iter` times. In the second case one more pass measures."
         fresh = True
+        self.start()
         for _ in range(self.options.max_iter):
             changed = self._pass(fresh)
             fresh = self._answer_doubts()
-            if not (changed or fresh): return
+            if not (changed or fresh): return self._see_the_rest()
             if not fresh: fresh = self.feed.next()
-        self._measure_once_more(fresh)
+        self._pass(fresh, correct=False)
+        self._see_the_rest()
 
     def _answer_doubts(self) -> bool:
         "Move on to a mini-batch that may dispel the doubts, if there are any. Returns whether there is one."
-        doubts = {u.reason for u in self.units} & DOUBTS
+        doubts = {u.reason for u in self.passes.units} & DOUBTS
         if not doubts or self.tries == _MOST_TRIES: return False
         self.tries += 1
         if Status.ALIKE in doubts: return self.feed.join_more()
         return self.feed.next()
 
-    def _measure_once_more(self, fresh: bool) -> None:
-        "Measure what the last corrections have made of the units."
-        self._pass(fresh, correct=False)
+    def _see_the_rest(self) -> None:
+        "Measure again while layers that the model skips at random have not been seen since others changed."
+        for _ in range(_MOST_LOOKS):
+            if not any(u.stale and u.seen.latest is not None for u in self.passes.units): return
+            self._pass(fresh=False, correct=False)
 
-    def _pass(self, fresh: bool, correct: bool = True) -> bool:
+    def _pass(self, fresh: bool, correct: bool = True) -> bool:  # Whether any weight was written
         self.n_passes += 1
-        return self.passes(self.feed.batch, correct, fresh)
+        planned = self.passes(self.feed.batch, correct, fresh)
+        self.passes.apply(planned)
+        started = correct and self.start(self.passes.units)
+        return bool(planned) or started
 
-    def _finish(self, force: bool, tell: Callable[[LSUVReport], object]) -> LSUVReport:
-        for u in self.units: u.finish()
-        report = self._report(force)
+    def _finish(self, force: bool, undone: str, tell: Callable[[LSUVReport], object]) -> LSUVReport:
+        options,check = self.options,self.check
+        if not undone: self.kept.finish()
+        rows,coverage = rows_of(self.passes, self.before, bool(undone), options.preinit == 'mirrored')
+        report = LSUVReport(rows, options.order, self.n_passes, check.pair, undone, check.told(force),
+                            unusual(self.feed.batch), coverage.outside, coverage.share, self.start.note)
         tell(report)
         return report
-
-    def _report(self, force: bool, undone: str = '') -> LSUVReport:
-        options,check = self.options,self.check
-        rows,coverage = rows_of(self.passes, options.modules is not None, self.before, bool(undone))
-        return LSUVReport(rows, options.order, self.n_passes, check.pair, undone, check.told(force),
-                          unusual(self.feed.batch), coverage.outside, coverage.share)
-
-
-def _check_put_back(e: BaseException, why: str) -> None:
-    "Raise `RuntimeError` if something could not be put back: `put_back` has noted it on `e`."
-    failed = getattr(e, '__notes__', []) or [str(c) for c in [e.__context__] if c is not None]  # no notes before 3.11
-    if failed: raise RuntimeError(f"LSUV put the weights back, because {why}. {' '.join(failed)}") from None
 
 
 @contextmanager
 def _as_on_rank_0(model: nn.Module) -> Iterator[None]:
     "Begin on every rank with the weights of rank 0, or with slices of the same; put them back if anything is raised."
-    changed: list[tuple[Tensor, Tensor]] = []
+    before,params = Weights(),[p for p in model.parameters() if not is_lazy(p)]
     try:
-        in_step(lambda: from_rank_0((p for p in model.parameters() if not is_lazy(p)), changed))
+        in_step(lambda: from_rank_0(params, before.keep))
         yield
-    except BaseException as e:
-        put_back([TensorItem(local(t), 'a parameter', was) for t, was in changed], beside=e)
+    except BaseException:
+        before.put_back()
         raise

@@ -1,60 +1,62 @@
-"""Which parameters the rows of a report speak for. Each weight of two or more dimensions is in one or in `outside`."""
+"""Which parameters the rows of a report cover. Each weight of two or more dimensions is in a row or in `outside`.
+
+So is one of a single dimension that operations used, reshaped or in part."""
 from __future__ import annotations
 
-from typing import Iterable
+from typing import Callable, Iterable
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..observe.discovery import Discovery, OperationUnit
-from .selection import RECURRENT
-from .units import Unit
-from .weights import made_of
+from .kinds import EMBEDDINGS, RECURRENT, is_layer, is_plain, made_of
+from .refs import Ref
+from .selection import Named
+from .unit import Unit
+from .views import View
 
 __all__ = ['Coverage']
 
 
-def _parameters(u: Unit) -> list[nn.Parameter]:
-    "The parameters that a unit's output is made with."
-    if isinstance(u, OperationUnit): return u.parameters
-    held = made_of(u.layer) if u.layer is not None else []
-    return [*held, *(r.value for r in u.refs if isinstance(r.value, nn.Parameter))]
-
-
 class Coverage:
-    "The parameters that each unit speaks for, and those of two or more dimensions that no unit speaks for."
+    "The parameters that each unit covers, and those that no unit covers."
     def __init__(self,
-        model: nn.Module,
+        named: Named,  # The modules of the model
         units: Iterable[Unit],
-        discovery: Discovery,
-        selected: bool  # Whether `modules` selects some units, and not all
+        reshaped: set[int],  # Ids of the parameters of one dimension that operations used as a matrix
+        why: Callable[[nn.Parameter], str]  # Why a parameter is in no row, a key of `OUTSIDE`, or "" if unknown
     ):
-        named = [(f'{n}.{k}' if n else k, m, p) for n, m in model.named_modules() for k, p in m._parameters.items()
-                 if p is not None and not is_lazy(p)]
-        self.names = {id(p): n for n, _, p in reversed(named)}  # a tied parameter goes by its first name
-        self.of_unit = {u: _parameters(u) for u in units}
-        matrices = [(n, p) for n, _, p in named if p.dim() > 1 and self.names[id(p)] == n]
-        spoken_for: dict[int, int] = {}  # Elements of each parameter
+        held = [(f'{n}.{k}' if n else k, m, p) for n, m in named for k, p in m._parameters.items()
+                if p is not None and not is_lazy(p)]
+        self.names = {id(p): n for n, _, p in reversed(held)}  # a tied parameter goes by its first name
+        self.of_unit = {u: _made_of(u) for u in units}
+        covered: dict[int, int] = {}  # Elements of each parameter
         for u, params in self.of_unit.items():
-            for p in params:
-                part = u.weight.view.count if isinstance(u, OperationUnit) and p is u.weight.value else p.numel()
-                spoken_for[id(p)] = min(p.numel(), spoken_for.get(id(p), 0) + part)
-        total,held = sum(p.numel() for _, p in matrices),sum(spoken_for.get(id(p), 0) for _, p in matrices)
-        self.share = held/total if total else 1.
-        holders = {id(p): m for _, m, p in named}
-        self.outside = {n: _why(p, holders[id(p)], discovery, selected) for n, p in matrices if id(p) not in spoken_for}
+            for p, part in params: covered[id(p)] = covered.get(id(p), 0) + part
+        weights = [(n, m, p) for n, m, p in held if (p.dim() > 1 or id(p) in reshaped) and self.names[id(p)] == n]
+        total = sum(p.numel() for _, _, p in weights)
+        in_rows = sum(min(covered.get(id(p), 0), p.numel()) for _, _, p in weights)
+        self.share = in_rows/total if total else 1.
+        self.outside = {n: _why(p, m, why) for n, m, p in weights if id(p) not in covered}
+        self.outside |= {f'{n} (in part)': 'not called' for n, _, p in weights if 0 < covered.get(id(p), 0) < p.numel()}
 
     def weights_of(self, u: Unit) -> tuple[str, ...]:
-        "The names of the parameters that a unit speaks for, its weight first."
-        return tuple(dict.fromkeys(self.names[id(p)] for p in self.of_unit[u] if id(p) in self.names))
+        "The names of the parameters that a unit covers, its weight first."
+        return tuple(dict.fromkeys(self.names[id(p)] for p, _ in self.of_unit[u] if id(p) in self.names))
 
 
-def _why(p: nn.Parameter, holder: nn.Module, discovery: Discovery, selected: bool) -> str:
-    "A key of `rows.OUTSIDE`."
-    if isinstance(holder, (nn.Embedding, nn.EmbeddingBag)): return 'embedding'
+def _made_of(u: Unit) -> list[tuple[nn.Parameter, int]]:
+    "The parameters that a unit's output is made with, and how many elements of each."
+    own = [(r.param, _count(r.view)) for r in u.refs if isinstance(r, Ref)]
+    layer = u.layer if u.is_block else u.module if is_layer(u.module) else None
+    if layer is None: return own
+    known = {id(p) for p, _ in own}
+    return own + [(p, p.numel()) for p in made_of(layer) if id(p) not in known and (u.is_block or not is_plain(layer))]
+
+
+def _count(view: View) -> int: return view.source.param.numel() if view.whole else view.count
+
+
+def _why(p: nn.Parameter, holder: nn.Module, why: Callable[[nn.Parameter], str]) -> str:
+    if isinstance(holder, EMBEDDINGS): return 'embedding'
     if isinstance(holder, RECURRENT): return 'recurrent'
-    source = discovery.sources.by_id.get(id(p))
-    if id(p) in discovery.declined or source is None and selected: return 'not selected'
-    if source is not None and id(p) not in discovery.taken: return 'not called'
-    if p.numel() == max(p.shape): return 'vector'
-    return 'embedding' if source is not None and 'embed' in source.attribute else 'not linear'
+    return why(p) or ('vector' if p.numel() == max(p.shape, default=1) else 'not linear')

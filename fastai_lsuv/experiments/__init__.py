@@ -1,1 +1,0 @@
-"The studies of the source documents, a command each: `python -m fastai_lsuv.experiments NAME`."
