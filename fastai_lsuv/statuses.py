@@ -68,7 +68,7 @@ class Status(str, Enum):
     UNRESPONSIVE = (
         'unresponsive', 'doubt',
         "scaling its weight does not change its output (a norm inside the layer?); left as it was",
-        "Leave it out with `modules`.")
+        "Leave it out with `exclude`.")
     ALIKE = (
         'alike', 'doubt', "the samples hardly differ here, so its std cannot be trusted",
         "Pass a mini-batch whose samples differ.")
@@ -77,7 +77,7 @@ class Status(str, Enum):
         "Look at that sample, or pass a larger mini-batch.")
     FAINT = (
         'faint', 'doubt', "the signal is weaker than the eps of the norm layer before it, so its std cannot be trusted",
-        "Look at the layers before it, or leave it out with `modules`.")
+        "Look at the layers before it, or leave it out with `exclude`.")
     NOT_CALLED = (
         'not called', 'left', "not used in this forward pass; left as it was",
         "This is normal if training does not use it either.", "not used in this forward pass")
@@ -86,7 +86,7 @@ class Status(str, Enum):
         "Start with the first layer that has this status, and check its input.")
     UNDONE = (
         'undone', 'bad', "the loss came out far worse, so its old weight was put back",
-        "Leave layers out with `modules`, or give them another `target_std`.")
+        "Leave layers out with `exclude`, or give them another `target_std`.")
 
 
 STATUSES = {s.value: s.meaning for s in Status}
@@ -99,7 +99,7 @@ DOUBTS = frozenset({Status.ALIKE, Status.OUTLIER, Status.FAINT})
 OUTSIDE = {
     'embedding': "it is looked up or added; no input is multiplied by it",
     'recurrent': "a recurrent layer applies it internally",
-    'not selected': "`modules` does not select it",
+    'not selected': "`modules` or `exclude` leaves it out",
     'not called': "not used in this forward pass",
     'vector': "it has one number per channel",
     'not linear': "no linear operation uses it directly: it is first changed, multiplied or gathered, say",

@@ -241,6 +241,16 @@ def test_a_grouped_product_of_stacked_groups():
     assert quiet(lsuv_init, model, torch.randn(4, 64, 16).bfloat16()).ok
 
 
+@pytest.mark.skipif(not GROUPED, reason='this torch has no grouped_mm')
+@pytest.mark.parametrize('by_name', [False, True])
+def test_groups_of_a_product_are_rows(by_name):
+    offs = torch.tensor([100, 180, 256], dtype=torch.int32)
+    def forward(m, x): return GROUPED[0](x, m.w, offs=offs) if by_name else GROUPED[0](x, m.w, offs)
+    model = Net(forward, w=nn.Parameter(0.02*torch.randn(3, 16, 24).bfloat16()))
+    report = quiet(lsuv_init, model, x().bfloat16())
+    assert report.ok and [r.name for r in report] == ['w[0]', 'w[1]', 'w[2]']
+
+
 def test_attention_by_views_of_larger_parameters():
     def forward(m, x):
         x = (x @ m.up).view(-1, 6, 16)

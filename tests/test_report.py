@@ -388,7 +388,7 @@ def test_weights_in_no_row_are_named_with_the_reason():
              'recurrent layer applies it internally).')
     assert str(r).splitlines()[-1] == words and words in soup_of(r).get_text() and words not in r.warning
     chosen = LSUVReport([row(0)], order='std', outside={'7.weight': 'not selected'}, coverage=0.5)
-    assert '<code>modules</code> does not select it' in chosen._repr_html_()
+    assert '<code>modules</code> or <code>exclude</code> leaves it out' in chosen._repr_html_()
     told = ' 50 % of the weights are outside these layers (see `report.outside`).'
     assert r.summary.endswith(told) and str(r).count('% of the weights') == 1  # the report's own text says it once
     assert '% of the weights' not in chosen.summary  # the user has left it out himself

@@ -65,7 +65,7 @@ class Discovery:
         if func in GROUPED and (args[2] if len(args) > 2 else kwargs.get('offs')) is None:
             func = torch.bmm  # groups of the same size, stacked
         operation = OPERATIONS[func]
-        if operation.sure and len(args) > 1 and not kwargs and isinstance(args[1], nn.Parameter):
+        if 'weight' in operation.names and len(args) > 1 and not kwargs and isinstance(args[1], nn.Parameter):
             return self._known_use(func, args)
         call = operation.call(args, kwargs)
         views = {n: self.sources.find(call.arguments.get(n)) for n in operation.weights.split()}

@@ -60,7 +60,8 @@ def select_modules(
     model: nn.Module,
     modules: Any = None,  # Types, a function of a module, names or globs, modules, or a list; `None`: every layer
     loose: Sequence[Source] = (),  # Parameters that an entry may name, or a module may hold, in place of layers
-    named: Named | None = None  # As in `sources_of`
+    named: Named | None = None,  # As in `sources_of`
+    argument: str = 'modules'  # What errors call `modules`
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
     named = named or list(model.named_modules())
@@ -71,14 +72,14 @@ def select_modules(
         if picked or any(s.param.dim() > 1 for s in loose): return picked
         raise NothingToDo(model)
     entries = _entries(modules)
-    if not entries: raise ValueError(f"modules: got {modules!r}, which selects nothing; {_TAKES}")
+    if not entries: raise ValueError(f"{argument}: got {modules!r}, which selects nothing; {_TAKES}")
     picked_ids: set[int] = set()
     for e in entries:
         test = _matcher(e)
-        if test is None: raise TypeError(f"modules: got {e!r} of type {type(e).__name__}; {_TAKES}")
+        if test is None: raise TypeError(f"{argument}: got {e!r} of type {type(e).__name__}; {_TAKES}")
         hits = [m for n, m in named if test(n, m)]
         if not hits and not (isinstance(e, str) and any(_names(e, s.name) for s in loose)):
-            raise ValueError(_no_match(e, model, loose))
+            raise ValueError(f'{argument}: {_no_match(e, model, loose)}')
         picked_ids |= {inside.get(id(m), id(m)) for m in hits}
     return [(n, m) for n, m in named if id(m) in picked_ids]
 
@@ -90,7 +91,7 @@ def _no_match(entry: Any, model: nn.Module, loose: Sequence[Source]) -> str:
     names = some_names((repr(n) for n, _ in model.named_modules() if n), 8)
     weights = [repr(s.name) for s in loose if s.param.dim() > 1]
     more = f"; weights that no layer applies: {some_names(weights, 8)}" if weights else ''
-    return f"modules: {problem}; {_TAKES}. Names here: {names}{more}"
+    return f"{problem}; {_TAKES}. Names here: {names}{more}"
 
 
 def _entries(modules: Any) -> list:
@@ -176,7 +177,7 @@ class Selection:
         self.by_user = modules is not None or bool(_entries(exclude))
         self.sources = sources_of(model, self.named)
         loose = loose_of(self.sources)
-        out = select_modules(model, exclude, self.sources, self.named) if _entries(exclude) else []
+        out = select_modules(model, exclude, self.sources, self.named, 'exclude') if _entries(exclude) else []
         self._excluded = {id(c) for _, m in out for c in m.modules()}
         if modules is None: _refuse_compiled(self.named)
         picked = [(n, m) for n, m in select_modules(model, modules, loose, self.named) if id(m) not in self._excluded]
