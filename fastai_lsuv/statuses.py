@@ -51,7 +51,7 @@ class Status(str, Enum):
         'off', 'doubt', "its mean or std is still off target after the last pass",
         "Pass larger mini-batches, or raise `max_iter`.", Words('not near 1', 'left', ''))
     FROZEN = (
-        'frozen', 'left', "its weight does not require grad, or was loaded or trained before; left as it was",
+        'frozen', 'left', "its weight is or was frozen, or was loaded or trained before; left as it was",
         "Unfreeze it to initialize it. In a Learner, `learn.lsuv_init()` initializes weights that were loaded.",
         "its weight does not require grad")
     TIED = (

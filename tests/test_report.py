@@ -84,7 +84,7 @@ def test_left_alone_is_one_line_by_status():
     head, frozen, tied, not_called = r.left_alone.splitlines()
     assert head == 'LSUV did not normalize 9 of 14 layers:'
     names = 'blocks.3.conv, blocks.4.conv, blocks.5.conv, blocks.6.conv, blocks.7.conv and 2 more'
-    assert frozen.startswith(f'- frozen: {names}. Its weight does not require grad')
+    assert frozen.startswith(f'- frozen: {names}. Its weight is or was frozen')
     assert tied == '- tied: blocks.10.conv. I' + STATUSES['tied'][1:] + '.'
     assert not_called == '- not called: blocks.11.conv. Not used in this forward pass; left as it was.'
     assert report('tied').left_alone.startswith('LSUV did not normalize 1 of 1 layer:')
