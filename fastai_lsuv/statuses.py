@@ -44,9 +44,6 @@ class Status(str, Enum):
     NO_BIAS = (
         'no bias', 'done', "its std is at its target; it has no bias to shift its mean",
         "This is normal before a norm layer.")
-    NORMED = (
-        'normed', 'done', "a norm layer sets its scale; left as it was",
-        "This is normal: the norm layer undoes any other scale.", "a norm layer sets its scale")
     OFF = (
         'off', 'doubt', "its mean or std is still off target after the last pass",
         "Pass larger mini-batches, or raise `max_iter`.", Words('not near 1', 'left', ''))
@@ -101,6 +98,7 @@ OUTSIDE = {
     'recurrent': "a recurrent layer applies it internally",
     'not selected': "`modules` or `exclude` leaves it out",
     'not called': "not used in this forward pass",
+    'in transform': "a transform of `torch.func` uses it, inside of which no value can be read",
     'vector': "it has one number per channel",
     'not linear': "no linear operation uses it directly: it is first changed, multiplied or gathered, say",
 }

@@ -241,6 +241,15 @@ def test_a_grouped_product_of_stacked_groups():
     assert quiet(lsuv_init, model, torch.randn(4, 64, 16).bfloat16()).ok
 
 
+def test_a_weight_inside_of_a_transform_is_outside_with_the_reason():
+    model = Net(lambda m, x: x @ m.up, up=param(16, 24))
+    model.f,f = lambda m, x: torch.func.vmap(lambda row: f(m, row) @ m.inside)(x) @ m.head,model.f
+    model.inside,model.head = param(24, 24),param(24, 8)
+    report = quiet(lsuv_init, model, x())
+    assert [r.name for r in report] == ['head'] and report.outside == dict.fromkeys(['up', 'inside'], 'in transform')
+    for text in (str(report), report._repr_html_()): assert 'in transform: a transform of' in text
+
+
 @pytest.mark.skipif(not GROUPED, reason='this torch has no grouped_mm')
 @pytest.mark.parametrize('by_name', [False, True])
 def test_groups_of_a_product_are_rows(by_name):

@@ -14,21 +14,19 @@ if TYPE_CHECKING: from .report import LSUVReport
 __all__ = ['headline', 'mirrored', 'covered', 'left_out', 'left_alone', 'mean_tolerance', 'remarks']
 
 _TOLD = 0.01  # A share of the weights in no row that is greater than this is told
-_AT_TARGET = (Status.OK, Status.NO_BIAS)
 
 
 def headline(report: LSUVReport) -> str:
     "What LSUV did, or `layer_stats` found, in one line."
     layers,counts = counted(len(report), 'layer'),Counter(r.status for r in report)
-    n = sum(counts[s] for s in _AT_TARGET)
+    n = sum(counts[s] for s in DONE)
     if not report.order:
         stds = [r.std for r in report if isfinite(r.std)]
         reach = f", and goes from {min(stds):.2g} to {max(stds):.2g}" if len(stds) > 1 else ''
         return f"The std is within 0.1 of 1 in {n} of {layers}{reach}."
-    others = ''.join(f', {counts[s]} {s}' for s in DONE if s not in _AT_TARGET and counts[s])
     note = f' ({report.loss_note})' if report.loss_note else ''
     loss = f" Loss {' -> '.join(map(_loss, report.loss))}{note}." if report.loss else ''
-    return f"LSUV: {n} of {layers} at {_target(report)}{others} ({counted(report.n_passes, 'pass', 'passes')}).{loss}"
+    return f"LSUV: {n} of {layers} at {_target(report)} ({counted(report.n_passes, 'pass', 'passes')}).{loss}"
 
 
 def _loss(v: float) -> str: return f'{v:.2f}' if 0.1 <= abs(v) < 1e4 else f'{v:.2g}'
