@@ -64,7 +64,7 @@ class Status(str, Enum):
         "Look for the first layer with a constant output, and check the mini-batch.")
     UNRESPONSIVE = (
         'unresponsive', 'doubt',
-        "scaling its weight does not change its output (a norm inside the layer?); left as it was",
+        "scaling its weight does not bring its std to the target (a norm inside the layer?); left as it was",
         "Leave it out with `exclude`.")
     ALIKE = (
         'alike', 'doubt', "the samples hardly differ here, so its std cannot be trusted",

@@ -241,6 +241,44 @@ def test_a_grouped_product_of_stacked_groups():
     assert quiet(lsuv_init, model, torch.randn(4, 64, 16).bfloat16()).ok
 
 
+class Tripled(nn.Linear):
+    def forward(self, x): return 3*super().forward(x)
+
+
+class LowRank(nn.Linear):  # as LoRA adds to a layer
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.a,self.b = param(4, self.in_features),param(self.out_features, 4)
+    def forward(self, x): return super().forward(x) + x @ self.a.T @ self.b.T/30
+
+
+class Rectified(nn.Linear):
+    def forward(self, x): return F.relu(F.linear(x, self.weight, self.bias))
+
+
+class Alone(nn.Linear):
+    def forward(self, x): return F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize('preinit', [None, 'orthogonal', 'mirrored'])
+@pytest.mark.parametrize('layer', [Tripled, LowRank, Rectified, Alone])
+def test_ok_of_a_layer_speaks_of_what_the_layer_puts_out(layer, preinit):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(16, 32), nn.ReLU(), layer(32, 8))
+    report,out = quiet(lsuv_init, model, x(2000), preinit=preinit),x(2000)
+    for name, m in model.named_children():
+        out = m(out)
+        if name in ('0', '2'):
+            assert report[name].status in ('ok', 'no bias') and abs(out.std() - 1) < 0.1
+            assert report[name].std == pytest.approx(out.std().item(), rel=0.1)
+
+
+def test_a_layer_whose_weight_only_its_parent_applies():
+    model = Mod(lambda self, x: F.linear(x, self.lin.weight, self.lin.bias), lin=Tripled(16, 8))
+    report = quiet(lsuv_init, model, x(2000))
+    assert [r.name for r in report] == ['lin'] and abs(model(x(2000)).std() - 1) < 0.1
+
+
 def test_a_weight_inside_of_a_transform_is_outside_with_the_reason():
     model = Net(lambda m, x: x @ m.up, up=param(16, 24))
     model.f,f = lambda m, x: torch.func.vmap(lambda row: f(m, row) @ m.inside)(x) @ m.head,model.f

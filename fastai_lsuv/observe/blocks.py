@@ -1,8 +1,8 @@
 """Blocks: modules that are measured as a whole, by hooks.
 
-A block is a container that the user selected, such as the lesson-11 layer with its activation, or a layer that computes
-its weight. How its output follows its weight is not known, so it may be run again, with other numbers in place of its
-weight and bias. Nothing is written to a parameter."""
+A block is a container that the user selected, such as the lesson-11 layer with its activation, or a layer with a
+forward of its own or a computed weight. How its output follows its weight is not known, so it may be run again, with
+other numbers in place of its weight and bias. Nothing is written to a parameter."""
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
@@ -50,7 +50,9 @@ def _hooks(u: Unit, observer: BlockObserver, skips: Callable[[Unit], bool]) -> I
     copies = not is_layer(m) or bool(m._forward_pre_hooks)
 
     def keep_input(module, args, kwargs):
-        if not observer.busy: inputs.append(cloned((args, kwargs)) if copies and observer.changes else (args, kwargs))
+        if observer.busy: return
+        inputs.append(cloned((args, kwargs)) if copies and observer.changes else (args, kwargs))
+        u.called = True
 
     def observe(module, args, out):
         if observer.busy: return None

@@ -46,18 +46,17 @@ class Discovery:
         self._known: dict[tuple, tuple[Unit | None, Layout]] = {}  # By function and id of a parameter
         self._of_param: dict[int, list[Unit]] = {}  # By id of their parameter
         self._names,self._bias_owners = set(),{}  # Of units; and of each bias, the unit that took it first
-        held = [(id(p), m) for _, m in selection.named for p in m._parameters.values() if p is not None]
         # A module that is no layer may hold a weight too (an embedding tied to a decoder), and use it in another way.
-        self._elsewhere = {i for i, m in held if isinstance(m, EMBEDDINGS)}
-        # A layer that computes its weight is measured as a block, unless an operation takes its weight after all.
+        self.elsewhere = {id(p) for _, m in selection.named if isinstance(m, EMBEDDINGS) for p in m.parameters(False)}
+        # A layer with a forward of its own is measured as a block, unless the model applies its weight without it.
         self._blocks = {id(s.param): u for u in selection.blocks if is_layer(u.module) for s in selection.sources
-                        if s.module is u.module and s.param.dim() > 1}
+                        if s.module is u.module and s.attribute == 'weight'}
         self._replaced: set[int] = set()
 
     def begin_pass(self) -> None:
         if self.sources.sharded: self._known = {}  # of gathered copies, which a pass makes anew
 
-    def is_replaced(self, block: Unit) -> bool:  # Whether it is a layer whose weight an operation takes as it is
+    def is_replaced(self, block: Unit) -> bool:  # Whether it is a layer whose weight the model applies itself
         return id(block) in self._replaced
 
     def uses(self, func: Callable, args: tuple, kwargs: dict) -> list[Use]:
@@ -127,6 +126,7 @@ class Discovery:
         key = _key(view, layout)
         if key in self.units or self.closed: return self.units.get(key)
         source,p = view.source,view.source.param
+        if id(p) in self._blocks and self._blocks[id(p)].called: return None
         if not self.selection.selects(name or view.name, source):
             self.declined.add(id(p))
             return None
@@ -134,7 +134,7 @@ class Discovery:
         of_layer = source.layer is not None and view.whole and key == _natural(source)
         label,module = source.layer if of_layer else (name or view.name, source.module)
         others = self._of_param.setdefault(id(p), [])
-        tied = id(p) in self._elsewhere or any(view.overlaps(u.weight.view) for u in others)
+        tied = id(p) in self.elsewhere or any(view.overlaps(u.weight.view) for u in others)
         of_bias = Ref(bias.flat()) if bias is not None else None
         u = view_unit(_free(label, self._names), module, Ref(view, layout), of_bias, 'tied' if tied else '')
         if u.bias is not None and self._bias_owners.setdefault(u.bias.key, u) is not u: u.bias = None

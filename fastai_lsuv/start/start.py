@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..observe import Discovery
 from ..parallel import any_rank, drawn_alike, from_rank_0, is_sharded, local, meet, of_all_ranks, slices_of, whole
-from ..units import EMBEDDINGS, Ref, Selection, Unit, layer_unit
+from ..units import Ref, Selection, Unit, layer_unit
 from .mirrored import Pairing, SymmetryTest, fill
 from .orthogonal import orthonormal
 
@@ -37,8 +37,6 @@ class Start:
         self.preinit,self.discovery,self.keeps,self.keep,self.show = preinit,discovery,keeps,keep,show
         self.note = ''  # Why nothing is mirrored
         self.started: dict[int, list[nn.Parameter]] = {}  # By id of a weight: what was written with it
-        self.elsewhere = {id(p) for _, m in discovery.selection.named if isinstance(m, EMBEDDINGS)
-                          for p in m.parameters(False)}
 
     @torch.no_grad()
     def __call__(self, units: Iterable[Unit] | None = None) -> bool:  # Whether any weight was written
@@ -106,7 +104,7 @@ class Start:
     def _start_layer(self, u: Unit, layer: nn.Module) -> None:
         params = [p for p in layer.parameters() if p.requires_grad]
         weight = u.weight.param if u.weights and isinstance(u.weight, Ref) else next(iter(params), None)
-        if weight is None or id(weight) in self.started or id(weight) in self.elsewhere: return
+        if weight is None or id(weight) in self.started or id(weight) in self.discovery.elsewhere: return
         meet(f"the start of layer {u.name!r}")
         self.keep(params)
         self.started[id(weight)] = params

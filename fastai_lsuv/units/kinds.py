@@ -1,7 +1,7 @@
 """The layers that are units by default, and what a block's output is made with.
 
-A layer of torch's own classes is seen by the operation that it calls. A block is measured as a whole: a container, or
-a layer that computes its weight."""
+A layer with the forward of one of torch's classes is seen by the operation that it calls. A block is measured as a
+whole: a container, or a layer with a forward of its own or a computed weight."""
 from __future__ import annotations
 
 from typing import Iterable, NamedTuple

@@ -48,6 +48,7 @@ class Unit:
         self.name,self.module,self.kind = name,module,class_of(module).__name__
         self.weights,self.bias,self.channel_dim,self.left_alone = weights,bias,channel_dim,why
         self.is_block = self.apart = False
+        self.called = False  # Whether the model has called this block
         self.layer: nn.Module | None = None  # Of a block: the layer whose weight makes its output
         self.recipe: tuple = ()  # What other ranks can make it of
         self.target: Target | None = None
