@@ -4,6 +4,7 @@ Nothing public is without it, README's code runs, notebooks are clean and execut
 right."""
 import importlib.util
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from fastcore.docments import docments
 
 import fastai_lsuv
+from fastai_lsuv.statuses import ADVICE, STATUSES
 
 ROOT = Path(__file__).parent.parent
 def hidden(path): return any(part[0] in '._' for part in path.relative_to(ROOT).parts)
@@ -216,3 +218,11 @@ def test_types_as_a_consumer_sees_them():
     command = [sys.executable, '-m', 'mypy', '--config-file', str(here/'mypy.ini'), str(here/'consumer.py')]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize('page', ['quickstart', 'api/report'])
+def test_the_table_of_statuses_is_of_today(page):
+    cells = json.loads((ROOT/'nbs'/f'{page}.ipynb').read_text())['cells']
+    outputs = [o.get('data', {}).get('text/markdown', []) for c in cells for o in c.get('outputs', [])]
+    shown = ''.join(map(''.join, outputs))
+    for status, meaning in STATUSES.items(): assert f"| `{status}` | {meaning} | {ADVICE.get(status, '')}" in shown

@@ -28,10 +28,6 @@ class Weights:
             for p in params:
                 if id(p) not in self.of and not is_lazy(p) and not p.is_meta: self.of[id(p)] = p,copied(local(p))
 
-    def changed(self, p: Tensor) -> bool:
-        "Tell whether `p` was kept."
-        return id(p) in self.of
-
     def put_back(self, params: Iterable[Tensor] | None = None) -> None:
         "Write back those that differ: all that were kept, or these. Raise the first error, if any, after the last."
         which = self.of.keys() if params is None else {id(p) for p in params}

@@ -65,7 +65,7 @@ class LSUVReport:
 
     @property
     def ok(self) -> bool:
-        "Whether every unit is at its target, or needs nothing: a norm layer sets its scale."
+        "Whether every unit is at its target."
         return all(r.status in DONE for r in self.rows)
 
     @property

@@ -83,7 +83,7 @@ def remarks(report: LSUVReport) -> list[str]:
     gains = some_names([f'{r.name or "(model)"} by {r.gain:.3g}' for r in report.large_gains])
     not_taken = '' if report.loss else report.loss_note
     found = [
-        (report.undone, f"LSUV put the weights back: {report.undone}. Leave layers out with `modules` if their outputs "
+        (report.undone, f"LSUV put the weights back: {report.undone}. Leave layers out with `exclude` if their outputs "
          "should not have std 1, give them another `target_std`, or keep the result with `force=True`."),
         (gains, f"LSUV scaled some weights by a lot: {gains}. Check that the mini-batch is normalized as in training."),
         (report.unusual, f"The mini-batch is unusual: {report.unusual}. LSUV needs one like those in training."),

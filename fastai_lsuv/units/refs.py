@@ -119,7 +119,7 @@ class Ref:
         dims = self.layout.channels
         if t.dim() <= max(dims) or by.size != math.prod(t.shape[d] for d in dims):
             raise ValueError(f"per_channel: {self.view.name} does not hold a value for each of {by.size} channels; "
-                             "pass per_channel=False, or leave it out with `modules`")
+                             "pass per_channel=False, or leave it out with `exclude`")
         return torch.from_numpy(by).reshape([n if d in dims else 1 for d, n in enumerate(t.shape)]).to(t)
 
     @contextmanager
@@ -184,7 +184,7 @@ class Property:
     def _number(self, by: Factor) -> float:
         if np.size(by) == 1: return _one(by)
         raise ValueError(f"per_channel: {type(self.owner).__name__}.{self.name} is one number; pass per_channel=False, "
-                         "or leave the module out with `modules`")
+                         "or leave the module out with `exclude`")
 
     def _like(self, by: Factor, v: Tensor) -> Tensor | float:
         if np.size(by) == 1 or v.dim() == 0: return self._number(by)

@@ -155,7 +155,7 @@ def _refuse_complex(named: Iterable[tuple[str, nn.Module]]) -> None:
         for k, p in m._parameters.items():
             if p is not None and p.is_complex():
                 raise TypeError(f"model: {n!r} has a {p.dtype} {k}; LSUV normalizes real layers: leave it out with "
-                                "`modules`")
+                                "`exclude`")
 
 
 class NothingToDo(ValueError):
