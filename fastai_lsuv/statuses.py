@@ -89,8 +89,8 @@ class Status(str, Enum):
 STATUSES = {s.value: s.meaning for s in Status}
 ADVICE = {s.value: s.advice for s in Status if s.advice}
 DONE = tuple(s.value for s in Status if s.tone == 'done')
-# Why a statistic is no ground to correct from: the samples are alike, one of them carries the std, or next to nothing
-# arrives behind a norm layer.
+# Reasons not to trust a statistic: the samples are alike, one of them sets the std, or next to nothing arrives behind
+# a norm layer.
 DOUBTS = frozenset({Status.ALIKE, Status.OUTLIER, Status.FAINT})
 # Why a weight is in no row
 OUTSIDE = {

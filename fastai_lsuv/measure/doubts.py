@@ -48,7 +48,7 @@ _ERRORS = 3.
 def doubt(
     m: Moments,  # Of the unit's output
     needed: float,  # Factor that brings the std to its target
-    rms_singular: Callable[[], float] = lambda: 1.,  # `WeightRef.rms_singular`; 1 of an orthonormal weight
+    rms_singular: Callable[[], float] = lambda: 1.,  # `Ref.rms_singular`; 1 of an orthonormal weight
     x: Tensor | None = None  # The output itself, if it is at hand
 ) -> str:  # One of `DOUBTS`, or ""
     "Why a unit must not be corrected from these moments."

@@ -1,7 +1,7 @@
 """The loop orders: `parse_order` reads `"std mean"`, `run_loops` runs the loops on whatever can be measured and moved.
 
 The loops see a unit through a `Meter`, which measures, scales and shifts. `AffineMeter` does so by arithmetic on
-moments, for a unit whose output is affine in its weight and bias. `solvers.RunAgainMeter` runs any other unit again."""
+moments, for a unit whose output is affine in its weight and bias. `AgainMeter` runs any other unit again."""
 from __future__ import annotations
 
 import re

@@ -117,7 +117,7 @@ def measuring(
     wrappers: dict[Callable, Callable] = {},
     taken: set[int] | None = None  # These as `Functions` takes them
 ) -> Iterator[None]:
-    "Run the model in train mode, without dropout. `preserved` puts the modes back; the switches are put back here."
+    "Run the model in train mode, without dropout. The switches are put back here, the modes by a `Snapshot`."
     modules = list(model.modules())
     was = [(m, k, v) for m in modules for k, v in _switches(m)]
     try:
