@@ -104,6 +104,32 @@ def test_the_model_trains_with_dropout_on_and_gradients_off():
     assert seen[0] == (True, False, True)
 
 
+@pytest.mark.parametrize('layers,passes', [
+    ([], [3, 2]), ([nn.BatchNorm1d(8)], [3, 2]), ([nn.Dropout(0.5)], [4, 2]), ([nn.Dropout(0.)], [3, 2])],
+    ids=['plain', 'batch norm', 'dropout', 'dropout of 0'])
+def test_the_verifying_pass_takes_the_loss_of_a_model_that_draws_nothing(layers, passes):
+    model,(x, y) = nn.Sequential(nn.Linear(4, 8), *layers, nn.ReLU(), nn.Linear(8, 2)),torch.randn(2, 64, 4)
+    took = []
+    model.register_forward_hook(lambda m, args, out: took.append(len(out)))
+    def loss(model): return F.mse_loss(model(x), y[:, :2])
+    for expected in passes:  # the second time it is at its target
+        took.clear()
+        report = lsuv_init(model, x, loss=loss)
+        assert report.ok and report.n_passes == len(took) == expected
+    torch.manual_seed(0)
+    plain = [m for m in model if not isinstance(m, nn.Dropout) or not m.p]
+    if len(plain) == len(model): assert report.loss[1] == pytest.approx(loss(model.train()).item(), abs=1e-6)
+    assert report.loss[0] == report.loss[1]
+
+
+@pytest.mark.parametrize('given', [lambda x: x.clone(), lambda x: x[:32]], ids=['a copy', 'a part'])
+def test_a_loss_on_other_inputs_is_taken_on_its_own(given):
+    model,x = nn.Linear(4, 2),torch.randn(64, 4)
+    other = given(x)
+    report = lsuv_init(model, x, loss=lambda model: model(other).square().mean() + 1)
+    assert report.n_passes == 4 and report.loss[1] == pytest.approx(model(other).square().mean().item() + 1, abs=1e-6)
+
+
 def test_the_same_random_numbers_before_and_after():
     x = torch.randn(64, 8)
     def loss(model): return model(x).square().mean() + random.random() + np.random.rand()

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ class Generators:
         if self.cuda is not None: torch.cuda.set_rng_state_all(self.cuda)
         if self.mps is not None: torch.mps.set_rng_state(self.mps)
 
+    @property
+    def unused(self) -> bool:
+        "Whether no number has been drawn since, from any of them."
+        def state(g): return [g.python, *g.numpy, g.cpu, *(g.cuda or []), *([g.mps] if g.mps is not None else [])]
+
+        mine,now = state(self),state(Generators())
+        return len(mine) == len(now) and all(map(_same, mine, now))
+
     @contextmanager
     def again(self) -> Iterator[None]:
         "Run what is inside from this state, and leave the generators as they were before it."
@@ -33,3 +41,8 @@ class Generators:
         self.restore()
         try: yield
         finally: now.restore()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b

@@ -16,8 +16,8 @@ from .moments import Evidence, Moments, whole_moments
 from ..parallel import any_rank, several_ranks
 from ..statuses import Status
 
-__all__ = ['doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'unusual', 'ALIKE_SPREAD',
-           'ALIKE_SHARE']
+__all__ = ['doubt', 'varies', 'mean_tolerance', 'n_samples', 'samples_alike', 'between_samples', 'unusual',
+           'ALIKE_SPREAD', 'ALIKE_SHARE']
 
 # What is left of a float32 activation that does not vary, relative to its magnitude.
 _NOISE = 1e-6
@@ -125,8 +125,15 @@ def _is_plain(t: Tensor) -> bool:
 def _alike(t: Tensor, share: float) -> bool:
     t = t.detach().as_subclass(Tensor)
     if not t.is_floating_point(): return _all_the_same(t)
+    between = between_samples(t)
+    return between <= share or between != between
+
+
+def between_samples(
+    t: Tensor  # (N, ...)
+) -> float:  # NaN if it does not vary
+    "The share of the variance that lies between samples. The rest is what all samples have in common."
     t = t.reshape(len(t), -1).float()
     t = t - t.mean()
     total = (torch.linalg.vector_norm(t)**2/t.numel()).item()
-    common = t.mean(0).square().mean().item()  # what all samples share
-    return total - common <= share*total
+    return 1 - t.mean(0).square().mean().item()/total if total else float('nan')

@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from ..units import is_layer
-from .norms import NORMS, NormWatch, signature
+from .norms import NORMS, RECTIFIERS, NormWatch, signature
 
 __all__ = ['measuring', 'Functions', 'in_transform']
 
@@ -51,6 +51,7 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     **{f: _without(f, 'train', 2, False) for f in _TORCH_DROPOUT},
     F.scaled_dot_product_attention: _without(F.scaled_dot_product_attention, 'dropout_p', 4, 0.),
     **NORMS,
+    **RECTIFIERS,
 }
 
 

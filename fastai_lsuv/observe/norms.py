@@ -1,6 +1,7 @@
-"""What norm layers show: `NormWatch` notices one whose samples are alike.
+"""What norm layers show: `NormWatch` notices one whose samples are alike, and whether rectifiers run.
 
-`NORMS` has, for each norm function of torch, what is called in its place: with a `NormWatch`, and its arguments."""
+`NORMS` and `RECTIFIERS` have, for each such function of torch, what is called in its place: with a `NormWatch`, and its
+arguments."""
 from __future__ import annotations
 
 import inspect
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..measure import ALIKE_SHARE, ALIKE_SPREAD, flat
 from ..parallel import is_sharded
 
-__all__ = ['NormWatch', 'NORMS', 'signature']
+__all__ = ['NormWatch', 'NORMS', 'RECTIFIERS', 'signature']
 
 # Differences of so many roundings are rounding noise.
 _ROUNDINGS = 4
@@ -38,10 +39,10 @@ class NormWatch:
     Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than the layer's eps, and
     the scale of everything behind the layer rests on it. The variance v of the input makes v/(v + eps) of the variance
     of the output. `spread` is the smallest such share so far. It stays 1 while samples differ. `normed` is True once a
-    norm layer has run."""
+    norm layer has run, `rectified` once a ReLU or the like has."""
     def __init__(self): self.reset()
 
-    def reset(self) -> None: self.spread,self.normed = 1.,False
+    def reset(self) -> None: self.spread,self.normed,self.rectified = 1.,False,False
 
     def see(self,
         mean: Tensor,  # Mean of each group that the layer normalizes
@@ -128,3 +129,14 @@ NORMS: dict[Callable, Callable] = {
     F.group_norm: _other_norm(F.group_norm, 2, _group_groups),
     F.instance_norm: _other_norm(F.instance_norm, 3, _instance_groups),
 }
+
+
+def _noted(function: Callable) -> Callable:
+    def noted(watch: NormWatch, *args, **kwargs) -> Any:
+        watch.rectified = True
+        return function(*args, **kwargs)
+    return noted
+
+
+RECTIFIERS: dict[Callable, Callable] = {f: _noted(f) for f in (
+    F.relu, F.relu6, F.leaky_relu, F.gelu, F.silu, F.mish, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..statuses import MARKS, Words
 from .rows import Row
-from .sentences import headline, left_out, mirrored
+from .sentences import headline, left_out
 from .tables import Column, Table
 
 if TYPE_CHECKING: from .report import LSUVReport
@@ -38,7 +38,7 @@ def report_html(report: LSUVReport) -> str:
     notes = [f'{_status(words)} {_prose(words.note)}' for words in table.notes]
     notes += [*(f'! {_prose(r)}' for r in report.remarks), *filter(None, [_prose(left_out(report))])]
     more = f'<details><summary>All {len(report)} layers</summary>{_table(whole)}</details>'
-    return (f'{_STYLE}<div class="lsuv"><p>{_prose(headline(report) + mirrored(report))}</p>{_table(table)}'
+    return (f'{_STYLE}<div class="lsuv"><p>{_prose(headline(report))}</p>{_table(table)}'
             f'{"".join(f"<p>{note}</p>" for note in notes)}{more*(len(table.lines) < len(report))}</div>')
 
 

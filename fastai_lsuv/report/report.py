@@ -41,11 +41,13 @@ class LSUVReport:
         unusual: str = '',  # What sets the last mini-batch apart from those that networks train on
         outside: dict[str, str] | None = None,  # Parameters of two or more dimensions in no row, each with a word why
         coverage: float = 1.,  # Share of the elements of parameters of two or more dimensions that are in rows
-        not_mirrored: str = ''  # Why no layer starts mirrored, with `preinit="mirrored"`
+        not_mirrored: str = '',  # Why no layer starts mirrored, with `preinit="mirrored"`
+        advice: str = ''  # What may serve the model better, in a sentence
     ):
         self.rows,self.order,self.n_passes = tuple(rows),order,n_passes
         self.loss,self.undone,self.loss_note,self.unusual = loss,undone,loss_note,unusual
-        self.outside,self.coverage,self.not_mirrored = dict(outside or {}),coverage,not_mirrored
+        self.outside,self.coverage = dict(outside or {}),coverage
+        self.not_mirrored,self.advice = not_mirrored,advice
 
     def __len__(self) -> int: return len(self.rows)
     def __iter__(self) -> Iterator[Row]: return iter(self.rows)
@@ -96,7 +98,7 @@ class LSUVReport:
     @property
     def summary(self) -> str:
         "What came of it, in one line."
-        return sentences.headline(self) + sentences.mirrored(self) + sentences.covered(self)
+        return sentences.headline(self) + sentences.covered(self)
 
     def df(self) -> DataFrame:  # A row a unit, in order of execution
         "A DataFrame: a row a unit, the fields of `Row` as columns; baseline and gradients only if they were asked for."
@@ -107,8 +109,7 @@ class LSUVReport:
     def __str__(self) -> str:
         table = Table(self.rows, bool(self.order))
         notes = [*(f'{words.word}: {words.note}' for words in table.notes), *self.remarks, sentences.left_out(self)]
-        first = sentences.headline(self) + sentences.mirrored(self)
-        return '\n'.join([first, '', table.text(), '', *filter(None, notes)]).rstrip()
+        return '\n'.join([sentences.headline(self), '', table.text(), '', *filter(None, notes)]).rstrip()
 
     __repr__ = __str__
     def _repr_html_(self) -> str: return report_html(self)

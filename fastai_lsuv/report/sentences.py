@@ -11,13 +11,13 @@ from ..text import counted, some_names
 
 if TYPE_CHECKING: from .report import LSUVReport
 
-__all__ = ['headline', 'mirrored', 'covered', 'left_out', 'left_alone', 'mean_tolerance', 'remarks']
+__all__ = ['headline', 'covered', 'left_out', 'left_alone', 'mean_tolerance', 'remarks']
 
 _TOLD = 0.01  # A share of the weights in no row that is greater than this is told
 
 
 def headline(report: LSUVReport) -> str:
-    "What LSUV did, or `layer_stats` found, in one line."
+    "What LSUV did, or `layer_stats` found, in one line, with advice if there is any."
     layers,counts = counted(len(report), 'layer'),Counter(r.status for r in report)
     n = sum(counts[s] for s in DONE)
     if not report.order:
@@ -26,7 +26,11 @@ def headline(report: LSUVReport) -> str:
         return f"The std is within 0.1 of 1 in {n} of {layers}{reach}."
     note = f' ({report.loss_note})' if report.loss_note else ''
     loss = f" Loss {' -> '.join(map(_loss, report.loss))}{note}." if report.loss else ''
-    return f"LSUV: {n} of {layers} at {_target(report)} ({counted(report.n_passes, 'pass', 'passes')}).{loss}"
+    mirrored = sum(r.start == 'mirrored' for r in report)
+    start = f' {mirrored} of {layers} start mirrored.' if mirrored else ''
+    advice = f' {report.advice}' if report.advice else ''
+    passes = counted(report.n_passes, 'pass', 'passes')
+    return f'LSUV: {n} of {layers} at {_target(report)} ({passes}).{loss}{start}{advice}'
 
 
 def _loss(v: float) -> str: return f'{v:.2f}' if 0.1 <= abs(v) < 1e4 else f'{v:.2g}'
@@ -38,12 +42,6 @@ def _target(report: LSUVReport) -> str:
     ranges = [r.std_range if stat == 'std' else r.mean_range for r in report]
     targets = {round(sum(r)/2, 9) + 0. for r in ranges if r is not None}
     return f'{stat} {targets.pop():g}' if len(targets) == 1 else f'the target {stat}'
-
-
-def mirrored(report: LSUVReport) -> str:
-    "How many layers start mirrored, if any does."
-    n = sum(r.start == 'mirrored' for r in report)
-    return f" {n} of {counted(len(report), 'layer')} start mirrored." if n else ''
 
 
 def covered(report: LSUVReport) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from operator import is_
 from typing import Any, Callable
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..keep import Generators
 from ..observe import cloned
-from ..parallel import any_rank, forwards, mean_of_ranks
+from ..parallel import any_rank, mean_of_ranks
 from .blame import explained, warn_caller
 from .passes import arguments
 from .signs import LEARNED, MOVED, NEW, sign_of
@@ -92,7 +93,10 @@ class LossCheck:
         self.constant = self.same = self.negated = float('nan')
         self.trained = ''  # Why the model looks trained; "" if it does not
         self.error = ''  # Why the loss cannot be taken
+        self.calls: list[list[Any]] = []  # What the model was given, a call each
         self.outs: list[Any] = []  # Of the model, a call each
+        self.draws = False  # Whether the model draws random numbers as it trains
+        self.current = False  # Whether `after` is that of the weights as they are now
         self.model_error: Exception | None = None
         self.generators = Generators()
 
@@ -103,8 +107,9 @@ class LossCheck:
 
     def take_before(self) -> None:
         "Take the loss of the model as it is, and of its output changed. Ask whether the model looks trained."
-        self.before = self._take(self._run)
+        self.before = self.after = self._take(self._run)
         if self.pair is None: return
+        self.current = True
         self.constant,self.negated,self.same = map(self._of, (torch.zeros_like, _negated, _mean_over_samples))
         self.trained = self._looks_trained()
         self.outs = []
@@ -131,14 +136,24 @@ class LossCheck:
         "A loss that is negative for some output has no floor, and a ratio means nothing: that of a WGAN's critic, say."
         return not any(v < 0 for v in (self.before, self.constant, self.negated))
 
+    def rides_on(self,
+        batch: Any  # The model's inputs
+    ) -> bool:
+        "Whether a pass with this mini-batch gives the loss, too: the same call of a model that draws nothing."
+        given = tree_leaves(arguments(batch))
+        same = len(self.calls) == 1 and len(given) == len(self.calls[0]) and all(map(is_, given, self.calls[0]))
+        return not any_rank(self.pair is None or self.draws or not same)
+
     def take_after(self) -> None:
         "Take the loss of the model as LSUV has made it. One that cannot be taken any more counts as NaN."
         if self.pair is None: return
-        with forwards(self.model): self.after = self._take(self._run)
+        self.calls = []
+        self.after,self.current = self._take(self._run),True
         self.error,self.outs = '',[]
 
     def _run(self, *args, **kwargs) -> Any:
         "The model, which leaves its output behind, and any error of its own."
+        self.calls.append(tree_leaves((args, kwargs)))
         args,kwargs = cloned((args, kwargs))  # the model may write to its input
         try:
             with explained(self.model): self.outs.append(out := self.model(*args, **kwargs))
@@ -155,6 +170,7 @@ class LossCheck:
             with self.generators.again():
                 loss = self.loss(model)
                 loss = float(loss.detach().float().mean() if isinstance(loss, Tensor) else loss)
+                self.draws = self.draws or not self.generators.unused
         except Exception as e:
             if e is self.model_error: raise
             loss,error = float('nan'),f"{type(e).__name__}: {e}".splitlines()[0]

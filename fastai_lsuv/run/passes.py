@@ -54,12 +54,13 @@ class Passes:
     def __call__(self,
         batch: Any,  # A tensor, or a tuple or dict of the model's inputs
         correct: bool = True,  # Plan corrections, or only measure
-        fresh: bool = True  # Whether this is another mini-batch than that of the pass before
+        fresh: bool = True,  # Whether this is another mini-batch than that of the pass before
+        run: Callable[[], Any] | None = None  # Runs the model on the mini-batch, in place of a plain call
     ) -> list[Unit]:  # The units that have plans, to be applied
         self._begin(correct, batch, fresh)
         c,taken = self.corrector,self.discovery.taken
         with shown(self.model, self.discovery, c) as wrappers, measuring(self.model, c.norms, wrappers, taken):
-            call(self.model, cloned(batch))
+            run() if run is not None else call(self.model, cloned(batch))
         self.made = [n for n, m in self.model.named_modules() if is_layer(m) and id(m) not in self._known]
         self._end()
         if correct: self._plan_after()

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..keep import Generators, Weights, gradients_aside, uninterrupted
 from ..measure import unusual
 from ..observe import Observer, cloned
-from ..parallel import from_rank_0, in_step, meet
+from ..parallel import any_rank, forwards, from_rank_0, in_step, meet
 from ..report import LSUVReport
 from ..start import Start
 from ..statuses import DOUBTS, Status
@@ -25,7 +25,7 @@ from .kept import Kept
 from .loss import LossCheck
 from .options import Options
 from .passes import Passes, call
-from .results import MeanStd, mean_std, rows_of
+from .results import MeanStd, advice, mean_std, rows_of
 
 __all__ = ['Run']
 
@@ -56,8 +56,7 @@ class Run:
         self.check = LossCheck(model, loss)
         self.selection = Selection(model, options.modules, options.exclude)
         self.before: dict[Unit, MeanStd] = {}
-        self.n_passes = 0
-        self.tries = 0  # Mini-batches that were tried because of doubts
+        self.n_passes = self.tries = 0  # Forwards; and mini-batches that were tried because of doubts
 
     def __call__(self,
         force: bool,  # Keep the weights even if the loss comes out far worse
@@ -84,21 +83,19 @@ class Run:
         "Look, start, correct, and take the loss."
         options = self.options
         self.passes = Passes(self.model, self.selection, self.prepare, self.kept, watch=self.watch)
-        has_loss = self.check.loss is not None
-        if options.baseline or has_loss: self._look()
+        if options.baseline or self.check.loss is not None: self._look()
         self.start = Start(options.preinit, self.passes.discovery, self.keeps, self.kept.before_starting, self._show)
         self.passes.corrector.waits = self.start.waits
         self._repeat_passes()
         if not self.passes.units and not self.selection.layers:
             raise NothingToDo(self.model)
-        if has_loss: self.kept.rewind()
         self.kept.put_back_params(self.start.unused())
-        self.check.take_after()
-        self.n_passes += self.check.pair is not None
         self.kept.rewind()
-        if self.passes.made:
-            warn_caller("The model makes layers as it runs, which LSUV did not initialize: "
-                        f"{some_names(self.passes.made)}. Run the model once before LSUV, as in `model(batch)`.")
+        if self.check.pair is not None and any_rank(not self.check.current):
+            self.n_passes += 1
+            with forwards(self.model): self.check.take_after()
+            self.kept.rewind()
+        _warn_of_new_layers(self.passes.made)
 
     def _look(self) -> None:
         "Measure each unit before anything is changed, in the forward that takes the loss if there is one."
@@ -119,7 +116,7 @@ class Run:
     def _repeat_passes(self) -> None:
         "Correct until a pass changes nothing, or `max_iter` times. In the second case one more pass measures."
         fresh = True
-        self.start()
+        if self.start(): self.check.current = False
         for _ in range(self.options.max_iter):
             changed = self._pass(fresh)
             fresh = self._answer_doubts()
@@ -143,10 +140,12 @@ class Run:
             self._pass(fresh=False, correct=False)
 
     def _pass(self, fresh: bool, correct: bool = True) -> bool:  # Whether any weight was written
-        self.n_passes += 1
-        planned = self.passes(self.feed.batch, correct, fresh)
+        "Run one pass, and apply what it plans. Where it runs the model as the loss does, take the loss, too."
+        check,batch,self.n_passes = self.check,self.feed.batch,self.n_passes + 1
+        planned = self.passes(batch, correct, fresh, check.take_after if check.rides_on(batch) else None)
         self.passes.apply(planned)
         started = correct and self.start(self.passes.units)
+        if planned or started: check.current = False
         return bool(planned) or started
 
     def _finish(self, force: bool, undone: str, tell: Callable[[LSUVReport], object]) -> LSUVReport:
@@ -154,9 +153,16 @@ class Run:
         if not undone: self.kept.finish()
         rows,coverage = rows_of(self.passes, self.before, bool(undone), options.preinit == 'mirrored')
         report = LSUVReport(rows, options.order, self.n_passes, check.pair, undone, check.told(force),
-                            unusual(self.feed.batch), coverage.outside, coverage.share, self.start.note)
+                            unusual(self.feed.batch), coverage.outside, coverage.share, self.start.note,
+                            '' if undone else advice(self.passes))
         tell(report)
         return report
+
+
+def _warn_of_new_layers(made: list[str]) -> None:
+    if made:
+        warn_caller(f"The model makes layers as it runs, which LSUV did not initialize: {some_names(made)}. Run the "
+                    "model once before LSUV, as in `model(batch)`.")
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"The advice to start mirrored: where samples become alike in a plain network of rectifiers, and nowhere else."
+import pytest
+import torch
+from torch import nn
+
+from fastai_lsuv import lsuv_init
+
+
+def mlp(act, depth=40, *more):
+    layers = [m for _ in range(depth) for m in (nn.Linear(64, 64), *[make() for make in more], act())]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
+class Functional(nn.Module):
+    "The same, its ReLU a function."
+    def __init__(self):
+        super().__init__()
+        self.layers,self.head = nn.ModuleList(nn.Linear(64, 64) for _ in range(40)),nn.Linear(64, 10)
+    def forward(self, x):
+        for layer in self.layers: x = torch.relu(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize('model,advised', [
+    (lambda: mlp(nn.ReLU), True), (lambda: mlp(nn.LeakyReLU), True), (Functional, True),
+    (lambda: mlp(nn.ReLU, 2), False), (lambda: mlp(nn.Tanh), False), (lambda: mlp(nn.SELU), False),
+    (lambda: mlp(nn.ReLU, 40, lambda: nn.BatchNorm1d(64)), False),
+    (lambda: mlp(nn.ReLU, 40, lambda: nn.LayerNorm(64)), False)],
+    ids=['ReLU', 'leaky ReLU', 'torch.relu', 'two layers', 'tanh', 'SELU', 'batch norm', 'layer norm'])
+def test_mirrored_weights_are_advised_where_samples_become_alike(model, advised):
+    torch.manual_seed(0)
+    model,x = model(),torch.randn(64, 64)
+    report = lsuv_init(model, x, order='std')
+    assert ("`preinit='mirrored'` keeps them apart" in report.summary) == advised and report.warning == ''
+    if advised:
+        out = model(x)
+        share = (out - out.mean(0)).square().mean()/(out - out.mean()).square().mean()
+        assert f'Samples become alike: {100*share:.1g} % of the variance of the last output is' in str(report)
+        report = lsuv_init(model, x, order='std', preinit='mirrored')
+        assert 'alike' not in report.summary and 'start mirrored' in report.summary
+        out = model(x)
+        assert (out - out.mean(0)).square().mean() > .5*(out - out.mean()).square().mean()
+
+
+def test_nothing_is_advised_where_the_mini_batch_is_alike():
+    torch.manual_seed(0)
+    x = torch.randn(1, 64) + 1e-3*torch.randn(64, 64)
+    with pytest.warns(UserWarning): report = lsuv_init(mlp(nn.ReLU), x)
+    assert 'mirrored' not in report.summary
