@@ -1,6 +1,7 @@
 "Does it help? Networks that people train, from the start they come with and from LSUV's, a table of what came of it."
 import time
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -8,32 +9,33 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pandas as pd
+import torch
 from fastai.basics import SGD, Adam, Learner, progress_bar
 from fastcore.script import call_parse
+from torch import Tensor, nn
 
 from fastai_lsuv import LSUVCallback
 
 from . import tasks
 from .data import get_images
 from .ledger import Ledger
-from .starts import mirrored
 from .study import OUT, numbers, positive, save, say, seeded, word, words
 from .tasks import Task
 from .verdict import TRAINS, behind, compared, counts, gains, picture, rates, scores, steps
 from .zoo import ZOO, Entry
 
-BUILT,DEFAULT,MIRRORED = 'as built','std mean','std, mirrored'
-STARTS = {  # Options of `LSUVCallback`
+BUILT,KEPT,MIRRORED = 'as built','kept','mirrored'
+STARTS: dict[str, dict[str, Any] | None] = {  # Options of `LSUVCallback`
     BUILT: None,
-    DEFAULT: dict(order='std mean'),
-    'std mean, kept': dict(order='std mean', preinit=None),
-    'std': dict(order='std'),
-    'std, kept': dict(order='std', preinit=None),
-    'mean std': dict(order='mean std'),
-    'per channel, kept': dict(order='std mean', preinit=None, per_channel=True),
-    MIRRORED: dict(order='std', preinit=None),  # after `mirrored`
+    KEPT: dict(order='std mean'),
+    'kept, std': dict(order='std'),
+    'orthonormal': dict(order='std mean', preinit='orthogonal'),
+    'orthonormal, std': dict(order='std', preinit='orthogonal'),
+    MIRRORED: dict(order='std mean', preinit='mirrored'),
+    'mirrored, std': dict(order='std', preinit='mirrored'),
 }
-COMMON = [BUILT, 'std mean', 'std mean, kept', 'std', 'std, kept']  # Those that every network is trained from
+APART = ', norms apart'  # Such a start leaves the layers alone whose scale a norm takes away
+BESIDE_NORMS = [BUILT, KEPT, KEPT + APART, 'kept, std', 'kept, std' + APART, 'orthonormal', 'orthonormal' + APART]
 SHARES = (.9, .75, .5, .25)  # Of the loss of a constant answer; the steps to each are counted
 
 
@@ -43,10 +45,15 @@ class Scale:
     n: int  # Images to train on; 0: all
     size: int  # Pixels a side of the images
     epochs: int
+    networks: list[str]  # Of `ZOO`
     bs: int = 64
 
 
-SCALES = {'ci': Scale(128, 8, 1), 'small': Scale(0, 8, 4), 'paper': Scale(0, 32, 50)}
+SCALES = {
+    'ci': Scale(128, 8, 1, list(ZOO)),
+    'small': Scale(0, 8, 4, [name for name, entry in ZOO.items() if entry.size == 8]),
+    'medium': Scale(4000, 16, 4, [name for name, entry in ZOO.items() if entry.size == 16]),
+}
 KEYS = ['scale', 'data', 'network', 'optimizer', 'start', 'lr', 'seed']
 RESULTS = ['score', 'loss', 'share', *(f'steps_{s:g}' for s in SHARES), 'steps', 'normalized', 'undone', 'seconds']
 
@@ -56,8 +63,8 @@ def benefit(
     data: str = 'digits',  # Images: 'digits', 'mnist', 'cifar', or a folder, as of the other experiments
     download: bool = False,  # Let fastai fetch 'mnist' or 'cifar'
     n: int = -1,  # Images to train on; 0: all; by default those of the scale
-    scale: str = 'small',  # 'ci', 'small' or 'paper'
-    networks: str = ','.join(ZOO),  # Networks to train
+    scale: str = 'small',  # 'ci', 'small' (images of 8x8) or 'medium' (16x16)
+    networks: str = '',  # Networks to train; '' takes those of the scale
     lrs: str = '0.001,0.005,0.025',  # Learning rates of Adam
     sgd_lrs: str = '0.01,0.05,0.25',  # Learning rates of SGD
     seeds: int = 3,  # Runs of each arm, from seeds 1, 2, ...
@@ -69,7 +76,7 @@ def benefit(
     folder `--out`. A second start of the command goes on where the first was stopped."""
     positive(seeds=seeds)
     at = SCALES[word('scale', scale, SCALES)]
-    names = words('networks', networks, ZOO)
+    names = words('networks', networks, ZOO) if networks else at.networks
     rates = {'Adam': numbers('lrs', lrs), 'SGD': numbers('sgd-lrs', sgd_lrs)}
     images = cache(lambda: get_images(data, n=at.n if n < 0 else n, size=at.size, download=download))
     task = cache(lambda name: _TASKS[name](images))
@@ -90,12 +97,13 @@ def _report(df: pd.DataFrame, out: str) -> None:
     say(f"Learning rates at which the loss gets below {TRAINS:g} of a constant answer's, with every seed", rates(df))
     say("Steps until the training loss is 0.75 of a constant answer's, at the rate that gets there first",
         steps(df, .75))
+    every = [start for start in STARTS if start in set(df.start)]
     versus = compared(df, BUILT)
     say(f'Networks on which a start is ahead of {BUILT!r}, level with it, or behind',
         counts(versus))
-    say('Points behind the best of these starts', behind(df, COMMON))
-    say(f'Points gained over {DEFAULT!r}, mean over the networks and its standard error', gains(df, COMMON, DEFAULT))
-    save('benefit', out, picture(df, [*COMMON, MIRRORED]), compared=versus)
+    say('Points behind the best of these starts', behind(df, every))
+    say(f'Points gained over {KEPT!r}, mean over the networks and its standard error', gains(df, every, KEPT))
+    save('benefit', out, picture(df, every), compared=versus)
 
 
 _TASKS: dict[str, Callable[[Callable], Task]] = {
@@ -115,13 +123,28 @@ def arms(
 ) -> list[dict[str, Any]]:  # What tells the runs apart
     "The runs to come. Those of the first seed come first, so that what is done early is a table already."
     def starts(name, opt):
-        entry = ZOO[name]
-        if opt == 'SGD' and not entry.sgd: return []
-        unmirrored = [s for s in STARTS if s != MIRRORED] if entry.all_starts and opt != 'SGD' else COMMON
-        return unmirrored + [MIRRORED]*entry.mirrors
+        if opt == 'SGD' and not ZOO[name].sgd: return []
+        return BESIDE_NORMS if ZOO[name].normed else list(STARTS)
     return [dict(network=name, optimizer=opt, start=start, lr=lr, seed=seed)
             for seed, opt in product(range(1, seeds + 1), rates) for name in names
             for start in starts(name, opt) for lr in rates[opt]]
+
+
+def before_norms(
+    model: nn.Module,
+    x: Tensor  # Inputs
+) -> list[str]:  # Their names
+    "Find the conv and linear layers whose output may be four times as large, and the model puts out the same."
+    model = deepcopy(model).train()
+    def scaled(name):
+        hook = model.get_submodule(name).register_forward_hook(lambda m, args, out: 4*out)
+        out = model(x)
+        hook.remove()
+        return out
+    with torch.no_grad():
+        out = model(x)
+        layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        return [name for name in layers if torch.allclose(scaled(name), out, rtol=.01, atol=.01*out.std().item())]
 
 
 def run(
@@ -135,8 +158,8 @@ def run(
     seeded(job['seed'])
     dls = of.dls(at.bs)
     model = entry.build(of)
-    if job['start'] == MIRRORED: mirrored(model)
-    options = STARTS[job['start']]
+    options = STARTS[job['start'].removesuffix(APART)]
+    if job['start'].endswith(APART): options = options | dict(exclude=before_norms(model, dls.one_batch()[0]))
     lsuv = [] if options is None else [LSUVCallback(**options)]
     opt_func = {'Adam': Adam, 'SGD': partial(SGD, mom=.9)}[job['optimizer']]
     learn = Learner(dls, model, of.loss, opt_func=opt_func, metrics=of.score, cbs=[*entry.cbs(), *lsuv])

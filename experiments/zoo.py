@@ -1,7 +1,7 @@
 "Networks that people train: those of the study `benefit`. `ZOO` has their tasks and builders."
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable
 
@@ -12,9 +12,10 @@ from fastai.text.models.awdlstm import AWD_LSTM
 from fastai.text.models.core import get_text_classifier
 from fastai.vision.models.xresnet import ResBlock, XResNet
 from torch import Tensor, nn
-from torchvision.models import ConvNeXt, VisionTransformer
+from torchvision.models import ConvNeXt, DenseNet, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock
+from torchvision.models.squeezenet import Fire
 
 from .networks import Maxout, Residual, fitnet4
 from .starts import fill
@@ -28,13 +29,14 @@ def plain_cnn(
     act: Callable[[], nn.Module],
     width: int = 8,  # Channels of the first stage
     pieces: int = 1,  # Channels that the activation makes one of
-    lecun: bool = False  # Whether it starts from LeCun's weights, as networks with SELU do
+    lecun: bool = False,  # Whether it starts from LeCun's weights, as networks with SELU do
+    norm: bool = False  # Whether a batch norm follows each convolution
 ) -> nn.Sequential:
-    "Seven convolutions in three stages with max pooling between them, and a linear layer. There is no norm."
+    "Seven convolutions in three stages with max pooling between them, and a linear layer."
     ni,layers = task.n_in,[]
     for k, (nf, n) in enumerate(((width, 2), (2*width, 2), (4*width, 3))):
         for _ in range(n):
-            layers += [nn.Conv2d(ni, nf*pieces, 3, padding=1), act()]
+            layers += [nn.Conv2d(ni, nf*pieces, 3, padding=1, bias=not norm), *[nn.BatchNorm2d(nf)]*norm, act()]
             ni = nf
         layers.append(nn.MaxPool2d(2) if k < 2 else nn.AdaptiveAvgPool2d(1))
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(ni, task.n_out))
@@ -152,6 +154,39 @@ def _mlp(task: Task, width: int = 64, depth: int = 6) -> nn.Sequential:
     return nn.Sequential(*sum(([nn.Linear(i, o), nn.ReLU()] for i, o in zip(widths, widths[1:])), [])[:-1])
 
 
+def _mlp_of_10(task: Task, size: int = 16) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), _mlp(replace(task, n_in=task.n_in*size**2), depth=10))
+
+
+def _cnn_of_20(task: Task, width: int = 16) -> nn.Sequential:
+    "Nineteen convolutions, two of them with stride 2, and a linear layer."
+    layers,ni = [],task.n_in
+    for k in range(19):
+        nf = width*2**(k//7)
+        layers += [nn.Conv2d(ni, nf, 3, 2 if k in (7, 14) else 1, 1), nn.ReLU()]
+        ni = nf
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ni, task.n_out))
+
+
+def _squeezenet(task: Task, width: int = 16) -> nn.Sequential:
+    "SqueezeNet 1.1, with a stem for small images."
+    def fire(ni, nf): return Fire(ni, nf//8, nf//2, nf//2)
+    stages = [fire(width, 2*width), fire(2*width, 2*width), nn.MaxPool2d(2),
+              fire(2*width, 4*width), fire(4*width, 4*width), nn.MaxPool2d(2),
+              fire(4*width, 6*width), fire(6*width, 6*width), fire(6*width, 8*width), fire(8*width, 8*width)]
+    head = [nn.Conv2d(8*width, task.n_out, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(nn.Conv2d(task.n_in, width, 3, padding=1), nn.ReLU(), *stages, *head)
+
+
+def _densenet(task: Task, growth: int = 8) -> nn.Module:
+    model = DenseNet(growth, (4, 4, 4), 2*growth, bn_size=2, num_classes=task.n_out)
+    for m in list(model.modules()):
+        for name, child in m.named_children():
+            if isinstance(child, nn.BatchNorm2d): setattr(m, name, nn.Identity())
+    model.features.conv0,model.features.pool0 = nn.Conv2d(task.n_in, 2*growth, 3, padding=1),nn.Identity()
+    return model
+
+
 def _tabular(task: Task) -> nn.Module:
     "What `tabular_learner` builds for 8 sizes (and an unknown one) and 30 numbers."
     return TabularModel([(9, 5)], 30, task.n_out, [64, 32])
@@ -169,32 +204,42 @@ class Entry:
     task: str  # One of the names in `benefit.tasks`
     build: Callable[[Task], nn.Module]
     sgd: bool = False  # Whether SGD trains it, too
-    all_starts: bool = False  # Whether the rarer orders and options of LSUV are tried, too
     cbs: Callable[[], list] = list  # Callbacks that it needs
-    mirrors: bool = False  # Whether `mirrored` weights suit it: a chain of layers with ReLU or GELU between them
+    size: int = 8  # Pixels a side of the images that it is made for
+    normed: bool = False  # Whether LSUV is also tried without the layers before a norm
     longer: int = 1  # Times the epochs of the scale; in four a U-Net has found the background, and no digit
 
 
 ZOO = {
-    'CNN ReLU': Entry('plain CNN of 8 layers, ReLU', 'classify', partial(plain_cnn, act=nn.ReLU), True, True,
-                      mirrors=True),
-    'CNN GELU': Entry('plain CNN of 8 layers, GELU', 'classify', partial(plain_cnn, act=nn.GELU), mirrors=True),
-    'CNN tanh': Entry('plain CNN of 8 layers, tanh', 'classify', partial(plain_cnn, act=nn.Tanh), True, True),
+    'CNN ReLU': Entry('plain CNN of 8 layers, ReLU', 'classify', partial(plain_cnn, act=nn.ReLU), True),
+    'CNN GELU': Entry('plain CNN of 8 layers, GELU', 'classify', partial(plain_cnn, act=nn.GELU)),
+    'CNN tanh': Entry('plain CNN of 8 layers, tanh', 'classify', partial(plain_cnn, act=nn.Tanh), True),
     'CNN SELU': Entry("plain CNN of 8 layers, SELU, LeCun's weights", 'classify',
                       partial(plain_cnn, act=nn.SELU, lecun=True)),
     'CNN maxout': Entry('plain CNN of 8 layers, maxout', 'classify', partial(plain_cnn, act=Maxout, pieces=2)),
     'FitNet-4 ReLU': Entry("FitNet-4, 19 layers, a quarter of its filters", 'classify',
-                           lambda t: fitnet4('ReLU', n_in=t.n_in, n_out=t.n_out, width=.25), True, True, mirrors=True),
-    'norm-free ResNet': Entry('residual network of 16 layers without norm', 'classify', NormFree, True, True,
-                              mirrors=True),
-    'xresnet': Entry("fastai's xresnet of 4 blocks, batch norm", 'classify', _xresnet, True, True),
+                           lambda t: fitnet4('ReLU', n_in=t.n_in, n_out=t.n_out, width=.25), True),
+    'norm-free ResNet': Entry('residual network of 16 layers without norm', 'classify', NormFree, True),
+    'xresnet': Entry("fastai's xresnet of 4 blocks, batch norm", 'classify', _xresnet, True),
     'ResNet': Entry("torchvision's resnet18 with a quarter of its filters, batch norm", 'classify', _resnet, True),
     'ConvNeXt': Entry("torchvision's ConvNeXt of 4 blocks, layer norm", 'classify', _convnext),
     'ViT': Entry("torchvision's ViT of 4 blocks, layer norm", 'classify', _vit),
-    'U-Net': Entry('U-Net of 3 levels without norm', 'segment', UNet, False, True, longer=3),
+    'U-Net': Entry('U-Net of 3 levels without norm', 'segment', UNet, longer=3),
     'U-Net batch norm': Entry('U-Net of 3 levels, batch norm', 'segment', partial(UNet, norm=True), longer=3),
-    'MLP': Entry('MLP of 6 layers, ReLU', 'diabetes', _mlp, mirrors=True),
+    'MLP': Entry('MLP of 6 layers, ReLU', 'diabetes', _mlp),
     'tabular': Entry("the model of fastai's tabular_learner, batch norm", 'tumours', _tabular),
     'AWD-LSTM': Entry("fastai's AWD-LSTM classifier", 'pages', _awd_lstm, cbs=rnn_cbs),
     'GPT': Entry("GPT of 2 blocks, GPT-2's start, layer norm", 'characters', GPT),
+    'CNN of 20': Entry('plain CNN of 20 layers, ReLU', 'classify', _cnn_of_20, True, size=16),
+    'SqueezeNet': Entry("torchvision's SqueezeNet with a quarter of its filters", 'classify', _squeezenet, True,
+                        size=16),
+    'DenseNet norm-free': Entry("torchvision's DenseNet of 12 layers, without norm", 'classify', _densenet, True,
+                                size=16),
+    'ResNet norm-free': Entry('residual network of 16 layers without norm', 'classify', NormFree, True, size=16),
+    'MLP of 10': Entry('MLP of 10 layers, ReLU', 'classify', _mlp_of_10, True, size=16),
+    'ResNet batch norm': Entry("torchvision's resnet18 with a quarter of its filters", 'classify', _resnet, True,
+                               size=16, normed=True),
+    'xresnet batch norm': Entry("fastai's xresnet of 4 blocks", 'classify', _xresnet, True, size=16, normed=True),
+    'CNN batch norm': Entry('plain CNN of 8 layers, ReLU, batch norm', 'classify',
+                            partial(plain_cnn, act=nn.ReLU, norm=True), True, size=16, normed=True),
 }
