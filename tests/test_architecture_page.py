@@ -15,72 +15,50 @@ from torch import nn
 import fastai_lsuv
 from fastai_lsuv import lsuv_init
 
+ROOT = Path(fastai_lsuv.__file__).parent
 PAGE = (Path(__file__).parent.parent/'ARCHITECTURE.md').read_text()
-# What is not the package's own: others' names, and arguments of `lsuv_init`.
+ROOMS = [n for cell in re.findall(r'^\|(.*?)\|', PAGE, re.M) for n in re.findall(r'`(\w+)`', cell)]  # from above
 PUBLIC = {'lsuv_init', 'layer_stats', 'LSUVCallback', 'ActivationStatsRecorder'}  # Their arguments are a line each
+# What is not the package's own: others' names, and arguments of `lsuv_init`.
 OTHERS = {'torch.distributed', 'torch.special_linear', '__init__', 'experiments', 'Learner',
           *inspect.signature(lsuv_init).parameters}
 
 
-def modules_of():
-    "All modules of the package, by their last name; the first of a name counts."
-    found = {}
-    for m in pkgutil.walk_packages(fastai_lsuv.__path__, 'fastai_lsuv.'):
-        if '__main__' not in m.name:
-            found.setdefault(m.name.rpartition('.')[2], importlib.import_module(m.name))
-    return found
-
-
 def test_each_name_exists():
-    modules = modules_of()
-    held = {k for m in modules.values() for k in vars(m)}
-    classes = {k: v for m in modules.values() for k, v in vars(m).items() if isinstance(v, type)}
+    modules = {}  # By their last name; the first of a name counts
+    for m in pkgutil.walk_packages(fastai_lsuv.__path__, 'fastai_lsuv.'):
+        if '__main__' not in m.name: modules.setdefault(m.name.rpartition('.')[2], importlib.import_module(m.name))
+    held = {k: v for m in modules.values() for k, v in vars(m).items()}
     for name in set(re.findall(r'`([A-Za-z_][\w.]*)`', PAGE)) - OTHERS:
         first,*rest = name.split('.')
-        owner = modules.get(first) or classes.get(first)
-        found = hasattr(owner, rest[0]) if rest else first in modules or first in held
+        found = first in modules or first in held
+        if rest: found = hasattr(modules.get(first, held.get(first)), rest[0])
         assert found, f'ARCHITECTURE.md names {name}, which does not exist'
 
 
-def rooms():
-    "The rooms, in the order of the table on the page."
-    table = PAGE[PAGE.index('| room'):PAGE.index('The studies are')]
-    lines = (line for line in table.splitlines() if line.startswith('|'))
-    return [n for line in lines for n in re.findall(r'`(\w+)`', line.split('|')[1])]
-
-
-def imports():
-    "(file, room, imported path) of each import inside the package."
-    root = Path(fastai_lsuv.__file__).parent
-    for f in root.rglob('*.py'):
-        room = f.relative_to(root).parts[0].removesuffix('.py')
-        if room in ('__init__', '__main__'): continue
-        dots = '.' if f.parent == root else '..'
-        found = re.findall(rf'^from {re.escape(dots)}(\w[\w.]*) import', f.read_text(), re.M)
-        yield from ((f, room, imported) for imported in found)
-
-
 def test_each_room_is_on_the_page():
-    root = Path(fastai_lsuv.__file__).parent
-    there = {f.name.removesuffix('.py') for f in root.iterdir() if f.suffix == '.py' or (f/'__init__.py').exists()}
-    assert there - {'__init__', '__main__'} == set(rooms())
+    there = {f.stem for f in ROOT.iterdir() if f.suffix == '.py' or (f/'__init__.py').exists()}
+    assert there - {'__init__', '__main__'} == set(ROOMS)
 
 
 def test_a_room_has_one_door_and_imports_point_one_way():
-    order = rooms()
-    for f, room, imported in imports():
-        assert '.' not in imported, f'{f} goes past the door of a room: {imported}'
-        assert order.index(imported) < order.index(room), f'{f} imports {imported}, which stands below {room}'
+    for f in ROOT.rglob('*.py'):
+        room = f.relative_to(ROOT).parts[0].removesuffix('.py')
+        if room in ('__init__', '__main__'): continue
+        dots = '.' if f.parent == ROOT else '..'
+        for imported in re.findall(rf'^from {re.escape(dots)}(\w[\w.]*) import', f.read_text(), re.M):
+            assert '.' not in imported, f'{f} goes past the door of a room: {imported}'
+            assert ROOMS.index(imported) < ROOMS.index(room), f'{f} imports {imported}, which stands below {room}'
 
 
 def test_files_and_classes_are_short():
-    for f in Path(fastai_lsuv.__file__).parent.rglob('*.py'):
+    for f in ROOT.rglob('*.py'):
         text = f.read_text()
         assert len(text.splitlines()) <= 300, f
         for node in ast.walk(ast.parse(text)):
-            size = node.end_lineno - node.lineno + 1 if hasattr(node, 'body') and hasattr(node, 'end_lineno') else 0
-            most = 120 if isinstance(node, ast.ClassDef) else 40 if isinstance(node, ast.FunctionDef) else size
-            assert size <= most or node.name in PUBLIC, f'{f}: {node.name} has {size} lines'
+            if not isinstance(node, (ast.ClassDef, ast.FunctionDef)) or node.name in PUBLIC: continue
+            size,most = node.end_lineno - node.lineno + 1,120 if isinstance(node, ast.ClassDef) else 40
+            assert size <= most, f'{f}: {node.name} has {size} lines'
 
 
 @pytest.mark.filterwarnings('ignore:LSUV did not normalize')
