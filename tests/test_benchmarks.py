@@ -23,39 +23,30 @@ def benchmark(monkeypatch, tmp_path):
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)  # dataclasses look it up there
         spec.loader.exec_module(module)
-        for folder in 'RESULTS', 'IMAGES':
-            if hasattr(module, folder):
-                monkeypatch.setattr(module, folder, tmp_path)
+        for folder in 'RESULTS', 'IMAGES': monkeypatch.setattr(module, folder, tmp_path, raising=False)
         return module
-
     yield load
     sys.modules.pop('_common', None)
 
 
+@pytest.fixture
+def init_cost(benchmark, monkeypatch):
+    "The benchmark with a model of each kind, small enough for a test."
+    module = benchmark('init_cost')
+
+    def language_model(setting): return module.LanguageModel(tokens=50, length=16, width=16, layers=2, heads=2)
+
+    def text(setting): return torch.randint(0, 50, (4, 16))
+    models = {'cnn': module.MODELS['cnn10'], 'lm': module.Model('language model', language_model, text)}
+    monkeypatch.setattr(module, 'MODELS', models)
+    return module
+
+
 def rows(file):
-    with open(file, newline='') as f:
-        return list(csv.DictReader(f))
+    with open(file, newline='') as f: return list(csv.DictReader(f))
 
 
-def small_models(init_cost):
-    "A model of each kind, small enough for a test."
-    return {
-        'cnn': init_cost.MODELS['cnn10'],
-        'lm': init_cost.Model('language model', lambda s: small_language_model(init_cost), small_text),
-    }
-
-
-def small_language_model(init_cost):
-    return init_cost.LanguageModel(tokens=50, length=16, width=16, layers=2, heads=2)
-
-
-def small_text(setting):
-    return torch.randint(0, 50, (4, 16))
-
-
-def test_init_cost_measures_time_passes_and_memory(benchmark, monkeypatch, tmp_path, capsys):
-    init_cost = benchmark('init_cost')
-    monkeypatch.setattr(init_cost, 'MODELS', small_models(init_cost))
+def test_init_cost_measures_time_passes_and_memory(init_cost, tmp_path, capsys):
     init_cost.main(models='cnn,lm', rounds=1, no_peers=True, batch=4, size=8, width=8, device='cpu')
     written = rows(tmp_path/'init_cost.csv')
     assert [(r['model'], r['contestant'], r['passes_begun']) for r in written] == [
@@ -68,29 +59,20 @@ def test_init_cost_measures_time_passes_and_memory(benchmark, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-def test_init_cost_measures_the_peers(benchmark, monkeypatch, tmp_path, capsys):
-    pytest.importorskip('lsuv')
-    pytest.importorskip('anyinit')
-    init_cost = benchmark('init_cost')
-    monkeypatch.setattr(init_cost, 'MODELS', {'cnn': init_cost.MODELS['cnn10']})
+def test_init_cost_measures_the_peers(init_cost, tmp_path, capsys):
+    for peer in ('lsuv', 'anyinit'): pytest.importorskip(peer)
     init_cost.main(models='cnn', rounds=1, batch=4, size=8, width=8, device='cpu')
     passes = {r['contestant']: int(r['passes_begun']) for r in rows(tmp_path/'init_cost.csv')}
     assert passes['lsuv'] > 10 and passes['anyinit, empirical'] > 10
     assert 'Times faster' in capsys.readouterr().out
 
 
-def test_a_peer_that_fails_is_named(benchmark, monkeypatch, capsys):
-    init_cost = benchmark('init_cost')
-
-    def fails(model, x):
-        raise ValueError('no such layer')
-
+def test_a_peer_that_fails_is_named(init_cost, monkeypatch, capsys):
+    def fails(model, x): raise ValueError('no such layer')
     monkeypatch.setattr(init_cost, 'installed', list)
-    monkeypatch.setitem(init_cost.CONTESTANTS, 'lsuv', init_cost.Contestant('lsuv', 'C0', fails, peer='lsuv'))
-    monkeypatch.delitem(init_cost.CONTESTANTS, 'lsuv_keep')
-    monkeypatch.delitem(init_cost.CONTESTANTS, 'anyinit')
     monkeypatch.setattr(init_cost, 'label', lambda package: package)
-    monkeypatch.setattr(init_cost, 'MODELS', small_models(init_cost))
+    monkeypatch.setitem(init_cost.CONTESTANTS, 'lsuv', init_cost.Contestant('lsuv', 'C0', fails, peer='lsuv'))
+    for other in ('lsuv_keep', 'anyinit'): monkeypatch.delitem(init_cost.CONTESTANTS, other)
     init_cost.main(models='lm', rounds=1, device='cpu', no_save=True)
     said = capsys.readouterr().out
     assert 'language model: lsuv fails. ValueError: no such layer' in said and '| fails |' in said
@@ -104,18 +86,14 @@ def test_the_models_have_the_sizes_that_they_name(benchmark):
     assert sizes == {'vgg16': 138_357_544, 'lm125m': 124_439_808}
 
 
-def test_the_language_model_sees_the_past_alone(benchmark):
-    model = small_language_model(benchmark('init_cost'))
-    x = small_text(None)
-    other = x.clone()
-    other[:, 10:] = (x[:, 10:] + 1) % 50
-    with torch.no_grad():
-        same = torch.isclose(model(x), model(other), atol=1e-6).all(-1)
+def test_the_language_model_sees_the_past_alone(init_cost):
+    model,x = init_cost.MODELS['lm'].make(None),torch.randint(0, 50, (4, 16))
+    other = torch.cat([x[:, :10], (x[:, 10:] + 1) % 50], 1)
+    with torch.no_grad(): same = torch.isclose(model(x), model(other), atol=1e-6).all(-1)
     assert same[:, :10].all() and not same[:, 10:].any()
 
 
-def test_peak_bytes_sees_what_is_held_for_a_moment(benchmark):
-    init_cost = benchmark('init_cost')
+def test_peak_bytes_sees_what_is_held_for_a_moment(init_cost):
     held = init_cost.peak_bytes(lambda: torch.zeros(2**20).sum(), torch.device('cpu'))
     assert 4*2**20 <= held < 5*2**20
 
@@ -125,29 +103,29 @@ def test_reach_judges_from_outside(benchmark, tmp_path, capsys):
     pytest.importorskip('timm')
     reach = benchmark('reach')
     reach.main(only='torchvision/resnet18,hand/tied_embedding', packages='fastai_lsuv', device='cpu')
-    columns = 'outcome', 'layers', 'reached', 'passes_begun'
+    columns = 'outcome', 'layers', 'reached', 'passes_begun', 'elements', 'elements_reached'
     found = {r['network']: [r[c] for c in columns] for r in rows(tmp_path/'reach.csv')}
-    assert found['torchvision/resnet18'] == ['ended', '21', '21', '2']
-    assert found['hand/tied_embedding'] == ['ended', '2', '1', '2'] and len(found) == 2
-    of_weights = {r['network']: (r['elements'], r['elements_reached']) for r in rows(tmp_path/'reach.csv')}
-    assert of_weights['hand/tied_embedding'] == ('1056', '256')  # the decoder shares the weight of the embedding
+    assert found['torchvision/resnet18'][:4] == ['ended', '21', '21', '2'] and len(found) == 2
+    # The decoder shares the weight of the embedding.
+    assert found['hand/tied_embedding'] == ['ended', '2', '1', '2', '1056', '256']
     assert '22 of 23 (95.7 %)' in capsys.readouterr().out
 
 
-def test_reach_counts_the_weights_that_operations_take(benchmark):
-    reach = benchmark('reach')
-    w,unused = nn.Parameter(torch.randn(3, 8, 4)),nn.Parameter(torch.randn(5, 2))
-    w.data[0] /= 8**0.5
-
-    class Slices(nn.Module):
+def test_reach_counts_the_weights_that_operations_take_and_pools_the_calls_of_a_layer(benchmark):
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w,self.unused = w,unused
+            self.w,self.unused = nn.Parameter(torch.randn(3, 8, 4)),nn.Parameter(torch.randn(5, 2))
+            self.w.data[0] /= 8**0.5
+            self.layer = nn.Linear(4, 4)
 
-        def forward(self, x):
-            return x @ self.w[0] + x @ self.w[1] + x @ self.w[2]
-
-    assert reach.matrices(Slices(), torch.randn(4000, 8), 0.3) == (106, 32)
+        def forward(self, x): return self.layer(3*self.layer(x @ self.w[0] + x @ self.w[1] + x @ self.w[2]))
+    reach,model,x,outs = benchmark('reach'),Net(),torch.randn(4000, 8),[]
+    assert reach.matrices(model, x, 0.3) == (106 + 16, 32)
+    hook = model.layer.register_forward_hook(lambda m, a, out: outs.append(out.detach()))
+    model(x)
+    hook.remove()
+    assert reach.stds(model, x)['layer'] == pytest.approx(torch.cat(outs).std(correction=0).item(), rel=1e-5)
 
 
 def test_fresh_judges_on_a_mini_batch_that_was_not_seen(benchmark, tmp_path, capsys):
@@ -165,23 +143,6 @@ def test_fresh_judges_on_a_mini_batch_that_was_not_seen(benchmark, tmp_path, cap
     assert '**0.00 % of the elements' in capsys.readouterr().out
 
 
-def test_reach_pools_the_calls_of_a_layer(benchmark):
-    reach = benchmark('reach')
-
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.layer(3*self.layer(x))
-
-    model,x = Twice(),torch.randn(16, 4)
-    with torch.no_grad():
-        both = torch.cat([model.layer(x), model(x)])
-    assert reach.stds(model, x)['layer'] == pytest.approx(both.std(correction=0).item(), rel=1e-5)
-
-
 def test_harm_names_what_a_bad_batch_does(benchmark, tmp_path, capsys):
     harm = benchmark('harm')
     harm.main(only='hand/pruned,hand/tied_embedding', kinds='tiny*,padding,sorted*', device='cpu')
@@ -197,20 +158,16 @@ def test_harm_names_what_a_bad_batch_does(benchmark, tmp_path, capsys):
     assert '| **tiny (1e-4)** | 1 | 0 |' in capsys.readouterr().out
 
 
-def test_harm_counts_what_is_not_said(benchmark, monkeypatch, tmp_path):
-    harm = benchmark('harm')
-    monkeypatch.setattr(harm, 'said', lambda report: [])
-    harm.main(only='hand/pruned', kinds='tiny*', device='cpu')
-    assert [r['violation'] for r in rows(tmp_path/'harm.csv')] == ['0', '1']
-    assert '| hand/pruned | tiny (1e-4) |' in (tmp_path/'harm.md').read_text()
-
-
 @pytest.mark.filterwarnings('ignore:LSUV scaled')
-def test_harm_tells_layers_kept_back_in_vain(benchmark):
+def test_harm_counts_what_is_not_said_and_tells_layers_kept_back_in_vain(benchmark, monkeypatch, tmp_path):
     harm = benchmark('harm')
     subject = harm.Subject(harm.networks()['hand/pruned'], None, 0, torch.device('cpu'))
     batch = subject.data.bad(harm.KINDS['good'])
     assert harm.in_vain(subject, batch, ['0'], 0) == ['0'] and harm.in_vain(subject, 1e-4*batch, ['0'], 0) == []
+    monkeypatch.setattr(harm, 'said', lambda report: [])
+    harm.main(only='hand/pruned', kinds='tiny*', device='cpu')
+    assert [r['violation'] for r in rows(tmp_path/'harm.csv')] == ['0', '1']
+    assert '| hand/pruned | tiny (1e-4) |' in (tmp_path/'harm.md').read_text()
 
 
 @pytest.mark.slow

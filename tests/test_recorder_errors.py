@@ -1,9 +1,11 @@
 "What a recorder says when it is asked for something that it cannot do."
 import pytest
 from matplotlib import pyplot as plt
-from recording import fit, learner
+from recording import recorded
 
 from fastai_lsuv.recorder import ActivationStatsRecorder
+
+pytestmark = pytest.mark.usefixtures('axes')
 
 
 @pytest.mark.parametrize('kw,error,match', [
@@ -13,10 +15,13 @@ from fastai_lsuv.recorder import ActivationStatsRecorder
     (dict(hist=(0, 0, 1)), ValueError, 'hist: got'), (dict(hist=(10, 1, 1)), ValueError, 'hist: got'),
     (dict(hist=0), ValueError, 'hist: got .*fastai'), (dict(hist='yes'), TypeError, "hist: got 'yes'"),
     (dict(sample=0), ValueError, 'sample: got 0.*None'), (dict(sample=0.5), ValueError, 'sample: got 0.5'),
-])
+    (dict(with_hist=True), TypeError, "with_hist: .*Recorder has no such argument; did you mean 'hist'"),
+    (dict(grad=True), TypeError, "grad: .*Recorder has no such argument; did you mean 'grads'"),
+    (dict(max_step=1), TypeError, "max_step: .*Recorder has no such argument; did you mean 'max_steps'"),
+    (dict(xyzzy=1), TypeError, "xyzzy: ActivationStatsRecorder has no such argument; it takes modules"),
+], ids=str)
 def test_bad_options(kw, error, match):
-    with pytest.raises(error, match=match):
-        ActivationStatsRecorder(**kw)
+    with pytest.raises(error, match=match): ActivationStatsRecorder(**kw)
 
 
 READERS = {
@@ -34,39 +39,20 @@ def test_before_a_fit_every_reader_says_that_nothing_is_recorded(reader):
     assert not plt.get_fignums()
 
 
-@pytest.mark.parametrize('reader', ['hist', 'color_dim(0)', 'color_dim'])
-def test_without_histograms_their_readers_say_so(reader):
-    rec = ActivationStatsRecorder()
-    with pytest.raises(ValueError, match='no histograms are recorded; pass `hist=True` .* then fit'):
-        READERS[reader](rec)
-    fit(learner(cbs=rec))
-    with pytest.raises(ValueError, match='hist=True'):
-        READERS[reader](rec)
-
-
 def test_bad_questions():
-    rec = ActivationStatsRecorder()
-    fit(learner(cbs=rec))
-    with pytest.raises(ValueError, match='i: got 3.*below 3.*0, 2, 7'):
-        rec.layer_stats(3)
-    with pytest.raises(ValueError, match="i: got 'conv'"):
-        rec.plot_layer_stats('conv')
-    with pytest.raises(ValueError, match='valid=True'):
-        rec.layer_stats(0, 'valid')
-    with pytest.raises(ValueError, match="phase: got 'test'"):
-        rec.layer_stats(0, 'test')
-    with pytest.raises(ValueError, match="stats: got 'grad_std'; it takes mean, std, near_zero, dead; .*grads=True"):
-        rec.plot_stats('grad_std')
-    with pytest.raises(ValueError, match="stats: got 'median'; it takes mean, std, near_zero, dead$"):
-        rec.plot_stats('median')
-    with pytest.raises(ValueError, match='ax: got 1 axes; this plot draws on 3'):
-        rec.plot_layer_stats(0, ax=plt.figure().gca())
-    with pytest.raises(ValueError, match='modules'):
-        fit(learner(cbs=ActivationStatsRecorder('nowhere')))
-    plt.close('all')
-
-
-def test_a_layer_is_asked_for_by_place_or_by_name():
-    rec = ActivationStatsRecorder()
-    fit(learner(cbs=rec))
-    assert rec.layer_stats(-1) == rec.layer_stats('7') == rec.layer_stats(2)
+    rec = recorded()
+    for ask, says in {
+        lambda: rec.layer_stats(3): 'i: got 3.*below 3.*0, 2, 7',
+        lambda: rec.plot_layer_stats('conv'): "i: got 'conv'",
+        lambda: rec.layer_stats(0, 'valid'): 'valid=True',
+        lambda: rec.layer_stats(0, 'test'): "phase: got 'test'",
+        lambda: rec.plot_stats('grad_std'): "got 'grad_std'; it takes mean, std, near_zero, dead; .*grads=True",
+        lambda: rec.plot_stats('median'): "stats: got 'median'; it takes mean, std, near_zero, dead$",
+        lambda: rec.plot_layer_stats(0, ax=plt.figure().gca()): 'ax: got 1 axes; this plot draws on 3',
+        lambda: recorded(modules='nowhere'): 'modules',
+    }.items():
+        with pytest.raises(ValueError, match=says): ask()
+    for reader in ('hist', 'color_dim(0)', 'color_dim'):
+        for r in (rec, ActivationStatsRecorder()):
+            with pytest.raises(ValueError, match='no histograms are recorded; pass `hist=True` .* then fit'):
+                READERS[reader](r)
