@@ -1,6 +1,7 @@
 "The mirrored start: where the symmetry test finds that it holds, and what a network is that has it."
 import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,17 +13,12 @@ from fingerprint import fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
 from learners import learner
-from networks import NETWORKS, Mod, images
+from networks import NETWORKS, Mod, images, mlp, param
 from torch import nn
 
 from fastai_lsuv import LSUVCallback, lsuv_init
 
 ACTS = [nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Softplus, nn.Hardswish, nn.ReLU6, nn.Mish]
-
-
-def mlp(*widths, act=nn.ReLU, **kwargs):
-    layers = [[nn.Linear(i, o, **kwargs), act()] for i, o in zip(widths, widths[1:])]
-    return nn.Sequential(*(m for pair in layers for m in pair))[:-1]
 
 
 def starts(model, batch, **options):
@@ -31,10 +27,9 @@ def starts(model, batch, **options):
     return {r.name: r.start for r in report}, report
 
 
-def mirrored(model, batch, **options):
-    "How many layers of how many start mirrored."
-    found,_ = starts(model, batch, **options)
-    return list(found.values()).count('mirrored'), len(found)
+def all_mirrored(model, batch):
+    found,report = starts(model, batch, order='std')
+    return report.ok and set(found.values()) == {'mirrored'}
 
 
 def in_pairs(w, dim=0): return torch.equal(w.transpose(0, dim)[::2], -w.transpose(0, dim)[1::2])
@@ -70,8 +65,7 @@ def chains(draw):
 def test_a_chain_without_norms_is_odd(chain):
     model,x = chain
     layers = [m for m in model if isinstance(m, (nn.Linear, nn.Conv2d))]
-    found,report = starts(model, x, order='std')
-    assert set(found.values()) == {'mirrored'} and report.ok and report.n_passes <= 5
+    assert all_mirrored(model, x)
     assert_odd(model, x)
     assert all(in_pairs(m.weight) for m in layers[:-1])
     assert all(in_pairs(m.weight, 1) for m in layers[1:] if isinstance(m, nn.Conv2d))
@@ -79,32 +73,23 @@ def test_a_chain_without_norms_is_odd(chain):
 
 
 @pytest.mark.parametrize('act', ACTS)
-@pytest.mark.parametrize('norm', [None, nn.BatchNorm1d, nn.LayerNorm])
+@pytest.mark.parametrize('norm', [nn.Identity, nn.BatchNorm1d, nn.LayerNorm])
 def test_rectifiers(act, norm):
-    layers = [[nn.Linear(8, 16), *([norm(16)] if norm else []), act(), nn.Dropout(0.5)],
-              [nn.Linear(16, 16), *([norm(16)] if norm else []), act()]]
-    model,x = nn.Sequential(*layers[0], *layers[1], nn.Linear(16, 3)),torch.randn(64, 8)
-    assert mirrored(model, x, order='std') == (3, 3)
-    if norm is None: assert_odd(model, x)
-
-
-class Maxout(nn.Module):
-    def forward(self, x): return x.unflatten(1, (-1, 2)).amax(2)
-
-
-class Squared(nn.Module):
-    def forward(self, x): return F.relu(x)**2
+    layers = nn.Linear(8, 16), norm(16), act(), nn.Dropout(0.5), nn.Linear(16, 16), norm(16), act(), nn.Linear(16, 3)
+    model,x = nn.Sequential(*layers),torch.randn(64, 8)
+    assert all_mirrored(model, x)
+    if norm is nn.Identity: assert_odd(model, x)
 
 
 @pytest.mark.parametrize('act, why', [
     (nn.Tanh, 'no activation between layers'),
     (nn.SELU, 'no activation between layers'),
     (nn.ELU, 'no activation between layers'),
-    (Squared, 'no activation between layers'),
+    (lambda: Mod(lambda self, x: F.relu(x)**2), 'no activation between layers'),
     (nn.Identity, 'there is no rectifier'),
-    (Maxout, "no layer's input keeps"),
+    (lambda: Mod(lambda self, x: x.unflatten(1, (-1, 2)).amax(2)), "no layer's input keeps"),
     (nn.Sigmoid, 'no activation between layers'),
-])
+], ids=['tanh', 'SELU', 'ELU', 'squared', 'none', 'maxout', 'sigmoid'])
 @pytest.mark.parametrize('norm', [nn.Identity, nn.BatchNorm1d, nn.LayerNorm])
 def test_other_activations_keep_their_weights(act, why, norm):
     layers = nn.Linear(8, 16), norm(16), act(), nn.LazyLinear(16), norm(16), act(), nn.LazyLinear(4)
@@ -121,20 +106,22 @@ def test_other_activations_keep_their_weights(act, why, norm):
 @pytest.mark.parametrize('act', [nn.ReLU, nn.GELU])
 def test_means_are_zero_before_a_bias_moves_and_the_second_pass_finds_each_std_right(act):
     model,x = mlp(10, *[32]*20, 4, act=act),3 + torch.randn(64, 10)
-    report = quietly(model, x, preinit='mirrored', order='std')
-    assert report.ok and all(r.start == 'mirrored' and r.passes <= 1 for r in report)
+    found,report = starts(model, x, order='std')
+    assert report.ok and set(found.values()) == {'mirrored'} and all(r.passes <= 1 for r in report)
     assert report.n_passes == 5  # three on four samples, one that corrects, one that verifies
     assert all(abs(r.mean) < 1e-5 and abs(r.std - 1) < 1e-3 for r in report.rows[:-1])
 
 
 def test_gradients_through_a_hundred_layers():
-    model,x = mlp(16, *[64]*100, 4),torch.randn(64, 16)
+    model,x,outs = mlp(16, *[64]*100, 4),torch.randn(64, 16),[]
     quietly(model, x, preinit='mirrored', order='std')
-    outs = []
-    for m in model:
-        if isinstance(m, nn.Linear): m.register_forward_hook(lambda m, a, o: (o.retain_grad(), outs.append(o)) and None)
+    def keep(m, args, out):
+        out.retain_grad()
+        outs.append(out)
+    for m in model[:-1:2]:
+        m.register_forward_hook(keep)
     F.cross_entropy(model(x), torch.arange(64) % 4).backward()
-    stds = [o.grad.std().item() for o in outs[:-1]]
+    stds = [o.grad.std().item() for o in outs]
     assert len(stds) == 100 and max(stds) < 3*min(stds)
 
 
@@ -158,98 +145,77 @@ def test_gradients_through_a_hundred_layers():
     ('torch_geometric/gcn', 3, 3),  # it does not take four samples of a graph
 ])
 def test_networks(name, n, of):
-    model,batch = NETWORKS[name]()
-    found,report = starts(model, batch)
+    found,report = starts(*NETWORKS[name]())
     assert (list(found.values()).count('mirrored'), len(found)) == (n, of)
     if n: assert f'{n} of {of} layers start mirrored' in report.summary and 'mirrored' in str(report)
     assert all(r.status != 'off' for r in report)
+    if 'vit' in name: assert all(('mlp' in n) == (s == 'mirrored') for n, s in found.items())
 
 
-def test_a_vit_has_its_mlps_mirrored():
-    model,batch = NETWORKS['torchvision/vit']()
-    found,_ = starts(model, batch)
-    assert all(('mlp' in n) == (s == 'mirrored') for n, s in found.items())
-
-
-@pytest.mark.parametrize('conv, transposed, size', [
-    (nn.Conv1d, nn.ConvTranspose1d, (12,)),
-    (nn.Conv2d, nn.ConvTranspose2d, (8, 8)),
-    (nn.Conv3d, nn.ConvTranspose3d, (5, 5, 5)),
-])
-@pytest.mark.parametrize('groups', [1, 2])
-def test_convs_of_every_dimension(conv, transposed, size, groups):
+def convs(n, groups):
+    conv,transposed = getattr(nn, f'Conv{n}d'),getattr(nn, f'ConvTranspose{n}d')
     model = nn.Sequential(conv(3, 8, 3), nn.ReLU(), transposed(8, 12, 3, groups=groups), nn.LeakyReLU(),
                           conv(12, 8, 3, groups=groups), nn.GELU(), transposed(8, 4, 3))
-    x = torch.randn(8, 3, *size)
-    assert mirrored(model, x, order='std') == (4, 4)
-    assert_odd(model, x)
+    return model, torch.randn(8, 3, *[6]*n)
 
 
-class Shuffle(nn.Module):
-    def forward(self, x): return x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
-
-
-def test_shuffles_concatenation_addition_and_skips():
+def branches():
+    "With a shuffle, a concatenation, an addition and a skip."
     def forward(self, x):
         a = F.relu(self.stem(x))
         b = torch.cat([F.relu(self.left(a)), F.max_pool2d(F.relu(self.right(a)), 3, 1, 1)], 1)
-        c = F.relu(self.mix(self.shuffle(b)) + self.skip(a))
+        shuffled = b.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
+        c = F.relu(self.mix(shuffled) + self.skip(a))
         return self.head(F.adaptive_avg_pool2d(c, 2).flatten(1))
     convs = dict(stem=nn.Conv2d(3, 16, 3, padding=1), left=nn.Conv2d(16, 8, 1), right=nn.Conv2d(16, 8, 3, padding=1),
                  mix=nn.Conv2d(16, 16, 1), skip=nn.Conv2d(16, 16, 1))
-    model = Mod(forward, **convs, head=nn.Linear(64, 5), shuffle=Shuffle())
-    x = images(16, 8)
-    assert mirrored(model, x, order='std') == (6, 6)
+    return Mod(forward, **convs, head=nn.Linear(64, 5)), images(16, 8)
+
+
+def operations():
+    "Weights that no layer applies, one by `addmm`, as in GPT-2."
+    def forward(self, x): return F.gelu(torch.addmm(self.b, x, self.w)) @ self.v
+    return Mod(forward, b=param(16), w=param(8, 16), v=param(16, 4)), torch.randn(32, 8)
+
+
+@pytest.mark.parametrize('make', [*(partial(convs, n, groups) for n in (1, 2, 3) for groups in (1, 2)), branches,
+                                  operations])
+def test_it_holds_through_convs_branches_and_operations(make):
+    model,x = make()
+    assert all_mirrored(model, x)
     assert_odd(model, x)
 
 
-def test_layers_that_decline():
-    "An odd width, a frozen layer, one called twice: they and what must match them are kept."
-    def of(model, x=torch.randn(32, 8), **options): return [*starts(model, x, **options)[0].values()]
-    assert of(mlp(8, 16, 15, 16, 4)) == ['mirrored', 'mirrored', 'mirrored', 'mirrored']  # columns, then rows
+def test_layers_that_decline_and_what_must_match_them_are_kept():
+    "An odd width, a frozen layer, one called twice, one of zeros."
+    def of(model, **options): return [*starts(model, torch.randn(32, 8), **options)[0].values()]
+    assert of(mlp(8, 16, 15, 16, 4)) == ['mirrored']*4  # columns, then rows
     model = mlp(8, 16, 16, 16, 4)
     model[2].weight.requires_grad_(False)
     assert of(model) == ['kept', 'kept', 'mirrored', 'mirrored']
     assert of(mlp(8, 16, 16, 16, 4), exclude='2')[1:] == ['mirrored', 'mirrored']
-    twice = nn.Linear(16, 16)
-    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), twice, nn.ReLU(), twice, nn.ReLU(), nn.Linear(16, 4))
-    assert of(net) == ['kept']*3
+    twice = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+    assert of(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), twice, twice, nn.Linear(16, 4))) == ['kept']*3
     zero = mlp(8, 16, 16, 4)
-    nn.init.zeros_(zero[-1].weight)
-    nn.init.zeros_(zero[-1].bias)
+    for p in zero[-1].parameters():
+        nn.init.zeros_(p)
     assert of(zero) == ['mirrored', 'mirrored', 'kept'] and not zero[-1].weight.any()
-
-
-def test_units_that_no_layer_applies():
-    "A weight by `addmm`, as in GPT-2, and weights of a sequence."
-    def forward(self, x): return F.gelu(torch.addmm(self.b, x, self.w)) @ self.v
-    model,x = Mod(forward),torch.randn(32, 8)
-    for n, shape in dict(b=(16,), w=(8, 16), v=(16, 4)).items():
-        model.register_parameter(n, nn.Parameter(torch.randn(shape)))
-    assert mirrored(model, x, order='std') == (2, 2)
-    assert_odd(model, x)
-    assert in_pairs(model.w, 1) and in_pairs(model.v)
 
 
 # --- what is left undisturbed
 
 def test_everything_else_is_as_without_it():
-    "Buffers, modes, other parameters, gradients; and the test consumes no random numbers."
-    made = lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, 8, 3),
-                                 nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8*16, 4))
-    model,x = made(),images(16, 8)
+    "Buffers, modes, hooks, other parameters; and the test consumes no random numbers."
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Conv2d(8, 8, 3),
+                          nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(8*16, 4))
+    x = images(16, 8)
     model[4].eval()
     model(x).sum().backward()
-    kept = copy.deepcopy(model)
+    was,norm = fingerprint(model, weights=False),copy.deepcopy(model[1])
     state = random.getstate(), np.random.get_state()[1].tobytes()
     quietly(model, x, preinit='mirrored')
-    quietly(kept, x, preinit=None)
     assert (random.getstate(), np.random.get_state()[1].tobytes()) == state
-    layers = {'0.weight', '0.bias', '4.weight', '4.bias', '8.weight', '8.bias'}
-    for (n, a), (_, b) in zip(model.state_dict().items(), kept.state_dict().items()):
-        assert n in layers or torch.equal(a, b)
-    assert [m.training for m in model.modules()] == [m.training for m in kept.modules()]
-    assert all(m._forward_hooks == {} for m in model.modules())
+    assert fingerprint(model, weights=False) == was and all(map(torch.equal, model[1].parameters(), norm.parameters()))
     tanh,x = mlp(8, 8, 8, act=nn.Tanh),torch.randn(32, 8)
     state = torch.get_rng_state()
     quietly(tanh, x, preinit='mirrored')
@@ -285,16 +251,14 @@ def test_a_failure_in_the_test_puts_all_back():
 
 
 def test_a_sharded_model_is_refused(monkeypatch):
-    import fastai_lsuv.start.start as start
-    monkeypatch.setattr(start, 'is_sharded', lambda p: True)
+    monkeypatch.setattr('fastai_lsuv.start.start.is_sharded', lambda p: True)
     model,x = mlp(8, 16, 4),torch.randn(32, 8)
     was = fingerprint(model)
     with pytest.raises(ValueError, match='^preinit: .*sharded'): lsuv_init(model, x, preinit='mirrored')
     assert fingerprint(model) == was
 
 
-def test_the_report_without_it_has_no_column():
-    report = quietly(mlp(8, 16, 4), torch.randn(32, 8))
-    assert {r.start for r in report} == {None} and 'start' not in str(report).split()
-    assert 'start' not in report.df()
-    assert 'start' in quietly(mlp(8, 16, 4), torch.randn(32, 8), preinit='mirrored').df()
+def test_the_report_has_a_column_of_starts_only_with_it():
+    plain,report = quietly(mlp(8, 16, 4), torch.randn(32, 8)),starts(mlp(8, 16, 4), torch.randn(32, 8))[1]
+    assert {r.start for r in plain} == {None} and 'start' not in plain.df() and 'start' not in str(plain).split()
+    assert 'start' in report.df()

@@ -4,9 +4,7 @@ import torch
 from scipy.stats import ks_2samp, kstest
 from torch import nn
 
-from fastai_lsuv.start import orthogonal
-from fastai_lsuv.start.orthogonal import orthonormal
-from fastai_lsuv.start import orthogonal_
+from fastai_lsuv.start import orthogonal_, orthonormal
 
 SMALL = [(1, 1), (2, 2), (1, 9), (9, 1), (64, 27), (31, 31), (64, 64), (10, 4096)]  # By QR
 LARGE = [(128, 128), (127, 127), (64, 576), (576, 64), (2048, 512), (101, 1009), (256, 2304)]  # By rounds
@@ -39,17 +37,11 @@ def test_rows_or_columns_of_each_group_are_orthonormal(rows, cols, groups, dtype
     q = seeded(rows, cols, groups=groups, dtype=dtype)
     assert q.shape == (rows, cols) and q.dtype == dtype and all(error(part) < close for part in q.chunk(groups))
     assert groups == 1 or not torch.allclose(*q.chunk(groups)[:2])
+    assert rows*cols == 1 or not torch.allclose(q, seeded(rows, cols, groups=groups, dtype=dtype, seed=1))
 
 
 @pytest.mark.parametrize('rows,cols', SMALL)
 def test_small_ones_are_those_of_torch(rows, cols): assert torch.equal(seeded(rows, cols), by_torch(rows, cols))
-
-
-@pytest.mark.parametrize('n', range(1, 13))
-def test_rounds_are_exact_at_every_size(n, monkeypatch):
-    monkeypatch.setattr(orthogonal, '_SMALL', 0)
-    q = seeded(n, n, dtype=torch.float64)
-    assert error(q) < 1e-14 and (n < 3 or not torch.allclose(q, seeded(n, n, dtype=torch.float64, seed=1)))
 
 
 def test_no_rows_and_no_columns():
@@ -58,14 +50,9 @@ def test_no_rows_and_no_columns():
 
 
 @pytest.mark.parametrize('shape', [(20, 30), (128, 128), (576, 64)])
-def test_half_precision_is_rounded_at_the_end(shape):
-    for kind in torch.half, torch.bfloat16: assert torch.equal(seeded(*shape, dtype=kind), seeded(*shape).to(kind))
-
-
-@pytest.mark.parametrize('kwargs,message', [(dict(start=-1), '-1:6'), (dict(stop=7), '0:7'), (dict(groups=4), '4 gr'),
-                                            (dict(start=3, stop=2), '3:2'), (dict(left=2, right=5), 'columns 2:5')])
-def test_what_it_refuses(kwargs, message):
-    with pytest.raises(ValueError, match=message): orthonormal(6, 4, **kwargs)
+@pytest.mark.parametrize('kind', [torch.half, torch.bfloat16])
+def test_half_precision_is_rounded_at_the_end(shape, kind):
+    assert torch.equal(seeded(*shape, dtype=kind), seeded(*shape).to(kind))
 
 
 # --- the same whatever is asked for
@@ -73,28 +60,11 @@ def test_what_it_refuses(kwargs, message):
 @pytest.mark.parametrize('rows,cols,groups', GROUPED)
 def test_a_block_is_cut_out_of_the_whole_and_leaves_the_same_state(rows, cols, groups):
     whole,after = seeded(rows, cols, groups=groups),torch.rand(3)
-    assert not torch.allclose(orthonormal(rows, cols, groups=groups), whole)
     for start, stop, left, right in [(0, 1, 0, cols), (rows//3, rows//2 + 1, 0, cols), (0, rows, cols//3, cols - 1),
                                      (rows//4, rows, cols//3, cols//2 + 1), (rows, rows, 0, cols)]:
         block = seeded(rows, cols, groups=groups, start=start, stop=stop, left=left, right=right)
         assert torch.equal(torch.rand(3), after)
         torch.testing.assert_close(block, whole[start:stop, left:right], atol=2e-7, rtol=0)
-
-
-@pytest.mark.parametrize('rows,cols', [(16, 8), (300, 200), (200, 3000)])
-def test_memory_that_is_given_gets_the_same(rows, cols, monkeypatch):
-    want,out = seeded(rows, cols),torch.full((rows, cols), 7.)
-    assert seeded(rows, cols, out=out) is out and torch.equal(out, want)
-    monkeypatch.setattr(orthogonal, '_CHUNK', 1000)  # of rows that go through a round together
-    torch.testing.assert_close(seeded(rows, cols), want, atol=2e-7, rtol=0)
-
-
-def test_a_block_is_computed_without_the_rest(monkeypatch):
-    irfft,rows = torch.fft.irfft,[]
-    monkeypatch.setattr(torch.fft, 'irfft', lambda x, n, **kwargs: rows.append(len(x)) or irfft(x, n, **kwargs))
-    assert orthonormal(2000, 1500, stop=9, left=5, right=12).shape == (9, 7) and rows[1:] == [7]
-    orthonormal(1500, 2000)
-    assert sum(rows[3:]) == 1500 and max(rows[3:])*2000 <= orthogonal._CHUNK
 
 
 @pytest.mark.parametrize('shape', [(40, 60), (128, 130)])
@@ -154,17 +124,3 @@ def test_moments_spectra_and_correlations_are_those_of_haars(rows, cols):
     # Singular values of a quarter of the matrix, whose rows and columns follow each other.
     values = [torch.linalg.svdvals(q[:, 8:8 + q.shape[1]//2, :n//2]).mean(0)/n**.5 for q in (z, haars)]
     torch.testing.assert_close(*values, atol=.04, rtol=0)
-
-
-def test_every_entry_has_the_same_variance():
-    assert abs(normalized(seeded, 104, 104, count=400).square().mean(0) - 1).max() < 5.5*((104*3/106 - 1)/400)**.5
-
-
-@pytest.mark.parametrize('n', [128, 127])
-def test_a_product_of_ten_has_evenly_spread_eigenvalues(n):
-    def angles(draw, seed):
-        q = [draw(n, n, seed=100*seed + i) for i in range(10)]
-        return torch.linalg.eigvals(torch.linalg.multi_dot(q)).angle().sort()[0]
-    own,haars = (torch.stack([angles(draw, k) for k in range(6)]) for draw in (seeded, by_torch))
-    assert (own - torch.linspace(-torch.pi, torch.pi, n + 1)[:-1] - torch.pi/n).abs().max() < 10*torch.pi/n
-    assert ks_2samp(own.diff().flatten().numpy(), haars.diff().flatten().numpy()).pvalue > .01
