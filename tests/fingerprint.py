@@ -1,6 +1,6 @@
 "All that a model holds, in a form that compares bit for bit."
 import random
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ def contents(v):
         return type(v).__name__, v.dtype, v.shape, v.requires_grad, bits
     if isinstance(v, np.ndarray): return v.dtype, v.shape, v.tobytes()
     if isinstance(v, random.Random): return v.getstate()
+    if isinstance(v, OrderedDict): return [(k, contents(o)) for k, o in v.items()]  # hooks have an order
     if isinstance(v, dict): return {k: contents(o) for k, o in v.items()}
     if isinstance(v, (list, tuple, deque)): return type(v).__name__, [contents(o) for o in v]
     return set(v) if isinstance(v, set) else v

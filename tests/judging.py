@@ -80,12 +80,9 @@ def judge(model, batch):
         if 'Drop' in type(m).__name__ or 'Stochastic' in type(m).__name__:
             m.training = False
             for p in ('p', 'drop_prob'):
-                if hasattr(m, p):
-                    setattr(m, p, 0.)
-        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)):
-            m.dropout = 0.
-        if hasattr(m, 'drop_rate'):
-            m.drop_rate = 0.  # timm's models hand it to `F.dropout`
+                if hasattr(m, p): setattr(m, p, 0.)
+        if isinstance(m, (nn.MultiheadAttention, nn.RNNBase)): m.dropout = 0.
+        if hasattr(m, 'drop_rate'): m.drop_rate = 0.  # timm's models hand it to `F.dropout`
     inside = {c for m in model.modules() if isinstance(m, nn.MultiheadAttention) for c in m.modules() if c is not m}
     seen = Seen()
     def see(name):
@@ -108,12 +105,9 @@ def judge(model, batch):
     hooks += [m.register_forward_pre_hook(see_attention(n), with_kwargs=True) for n, m in model.named_modules()
               if isinstance(m, nn.MultiheadAttention)]
     with Operations(model, seen) as operations:
-        if isinstance(batch, dict):
-            model(**batch)
-        else:
-            model(*batch) if isinstance(batch, tuple) else model(batch)
-    for h in hooks:
-        h.remove()
+        if isinstance(batch, dict): model(**batch)
+        else: model(*batch) if isinstance(batch, tuple) else model(batch)
+    for h in hooks: h.remove()
     # What computes a weight from another may take it in both directions.
     of_layers = {n: s for n, s in operations.of_layers.stds().items() if '(2)' not in n}
     return {**of_layers, **seen.stds()}

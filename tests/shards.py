@@ -1,24 +1,26 @@
-"""What the tests of sharded models run in each of several processes: `python shards.py CASES RANK RANKS FOLDER`.
+"""What the tests of sharded models run in each of several processes. A case gives what the rank has seen.
 
-A case gives what the rank has seen. It takes no part in fastai, so that it starts quickly."""
+It takes no part in fastai, so that it starts quickly."""
 import os
-import sys
-import warnings
-from datetime import timedelta
 from functools import partial
+from itertools import product
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from fingerprint import fingerprint
+from networks import Mod
+from processes import serve
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (ColwiseParallel, RowwiseParallel, SequenceParallel,
                                                parallelize_module)
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
 from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv.run import run as run_room
 
 
 class Block(nn.Module):
@@ -32,25 +34,7 @@ class Block(nn.Module):
 class Standardized(nn.Conv2d):
     "A conv that has to be run again."
     def forward(self, x):
-        w = self.weight
-        return self._conv_forward(x, w - w.mean((1, 2, 3), keepdim=True), self.bias)
-
-
-class Twice(nn.Module):
-    "The first layer runs twice."
-    def __init__(self):
-        super().__init__()
-        self.first,self.last = nn.Linear(20, 20),nn.Linear(20, 4)
-
-    def forward(self, x): return self.last(self.first(F.relu(self.first(x))))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention,self.last = nn.MultiheadAttention(20, 4, batch_first=True),nn.Linear(20, 4)
-
-    def forward(self, x): return self.last(self.attention(x, x, x)[0])
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
 def blocks(d=32, h=132): return nn.Sequential(nn.Linear(20, d), Block(d, h), Block(d, h), nn.Linear(d, 10))
@@ -61,6 +45,13 @@ def tied():
     m = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
     m[2].weight = m[0].weight
     return m
+def twice():
+    "The first layer runs twice."
+    def forward(self, x): return self.last(self.first(torch.relu(self.first(x))))
+    return Mod(forward, first=nn.Linear(20, 20), last=nn.Linear(20, 4))
+def attention():
+    def forward(self, x): return self.last(self.attention(x, x, x)[0])
+    return Mod(forward, attention=nn.MultiheadAttention(20, 4, batch_first=True), last=nn.Linear(20, 4))
 def normed(): return nn.Sequential(weight_norm(nn.Linear(20, 33)), nn.ReLU(), weight_norm(nn.Linear(33, 9)))
 def large():
     "Matrices that are drawn by Fourier transforms: tall, square and wide."
@@ -71,14 +62,15 @@ def sequences(n=64): return torch.randn(n, 8, 20, generator=torch.Generator().ma
 def images(n=32): return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(3))*2 + 0.5
 
 
-NETWORKS = dict(blocks=(blocks, sequences), convs=(convs, images), twice=(Twice, sequences), tied=(tied, sequences),
-                attention=(Attention, sequences), normed=(normed, sequences), large=(large, sequences))
-OPTIONS = dict(start=dict(preinit='orthogonal'), kept={}, channels=dict(per_channel=True, preinit='orthogonal'),
+NETWORKS = dict(blocks=(blocks, sequences), convs=(convs, images), twice=(twice, sequences), tied=(tied, sequences),
+                attention=(attention, sequences), normed=(normed, sequences), large=(large, sequences))
+OPTIONS = dict(start=dict(preinit='orthogonal'), kept={}, mirrored=dict(preinit='mirrored'),
+               channels=dict(per_channel=True, preinit='orthogonal'),
                function=dict(preinit=lambda layer: nn.init.kaiming_normal_(layer.weight)))
 
 
-def network(name):
-    torch.manual_seed(0)
+def network(name, seed=0):
+    torch.manual_seed(seed)
     return NETWORKS[name][0]()
 
 
@@ -94,9 +86,6 @@ def sharded(m, over=None, each=False, **kwargs):
         leaf = not list(c.children()) and list(c.parameters(False)) and 'Quantizable' not in type(c).__name__
         if isinstance(c, Block) and not each or each and leaf: fully_shard(c, mesh=over, **kwargs)
     return fully_shard(m, mesh=over, **kwargs)
-
-
-def column_sharded(m): return sharded(m, shard_placement_fn=lambda p: Shard(p.dim() - 1))
 
 
 def tensor_parallel(m, over=None):
@@ -115,47 +104,45 @@ def sequence_parallel(m):
     return parallelize_module(m, mesh(), plan)
 
 
-def both(m):
+def both(m, each=False):
     over = init_device_mesh('cpu', (2, 2), mesh_dim_names=('dp', 'tp'))
-    return sharded(tensor_parallel(m, over['tp']), over['dp'])
-
-
-def both_each(m):
-    over = init_device_mesh('cpu', (2, 2), mesh_dim_names=('dp', 'tp'))
-    return sharded(tensor_parallel(m, over['tp']), over['dp'], each=True)
+    return sharded(tensor_parallel(m, over['tp']), over['dp'], each)
 
 
 def replicated(m): return sharded(m, init_device_mesh('cpu', (2, 2), mesh_dim_names=('replica', 'shard')))
+def column_sharded(m): return sharded(m, shard_placement_fn=lambda p: Shard(p.dim() - 1))
 
 
-WAYS = dict(blocks=sharded, each=partial(sharded, each=True), column=column_sharded,
+# Of these, each rank has other weights to begin with
+WHOLE = dict(alone=lambda m: m, uneven=lambda m: m, wrapped=DistributedDataParallel,
+             channels_last=lambda m: m.to(memory_format=torch.channels_last))
+WAYS = dict(**WHOLE, blocks=sharded, each=partial(sharded, each=True), column=column_sharded,
             gathered=partial(sharded, each=True, reshard_after_forward=False),
-            tp=tensor_parallel, sp=sequence_parallel, both=both, both_each=both_each, replicated=replicated)
+            tp=tensor_parallel, sp=sequence_parallel, both=both, both_each=partial(both, each=True),
+            replicated=replicated)
 
 
 def mine(x, way):
     "This rank's mini-batch."
     if way in ('tp', 'sp'): return x
     if way.startswith('both'): return x.chunk(2)[dist.get_rank()//2]
+    if way == 'uneven': return x.tensor_split([3*len(x)//4])[dist.get_rank()]
+    if way == 'channels_last': x = x.to(memory_format=torch.channels_last)
     return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def full(m):
     "All numbers, on every rank."
     return [(v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for v in m.state_dict().values()]
-
-
 def held(m):
     "What this rank holds of each parameter."
     return [(p.to_local() if isinstance(p, DTensor) else p).detach().clone() for p in m.parameters()]
-
-
 def same(a, b): return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 def initialized(rank, name, way, options):
     "The weights, and the statuses of the report. Each rank has another seed."
-    m = WAYS[way](network(name))
+    m = WAYS[way](network(name, rank if way in WHOLE else 0))
     kinds = [type(p) for p in m.parameters()]
     x = mine(NETWORKS[name][1](), way)
     torch.manual_seed(rank)
@@ -167,6 +154,17 @@ def initialized(rank, name, way, options):
     return full(m), [(row.name, row.kind, row.status, row.passes) for row in r], r.n_passes
 
 
+# The network, how it is spread, and the options
+TWO = [*(f'blocks:{way}:{options}' for way, options in product(
+           ('blocks', 'each', 'column', 'gathered', 'tp', 'sp'), ('start', 'kept', 'channels'))),
+       *(f'{name}:{way}:start' for name, way in product(
+           ('convs', 'twice', 'attention', 'normed', 'large'), ('blocks', 'each', 'gathered'))),
+       *(f'convs:{way}:start' for way in WHOLE), 'convs:alone:kept', 'convs:alone:mirrored',
+       'blocks:blocks:function', 'convs:each:function', 'tied:blocks:start', 'large:column:start']
+FOUR = [f'blocks:{way}:{options}' for way, options in product(
+            ('both', 'both_each', 'replicated', 'each', 'tp'), ('start', 'kept', 'channels'))]
+
+
 # ---- Cases with a name of their own
 
 CASES = {}
@@ -175,69 +173,79 @@ def case(f):
     return f
 
 
-class Breaks(nn.Module):
-    "Fails on rank 1, in its second call."
-    calls = 0
+def error_of(run, m):
+    "What `run` raises, and whether it leaves the weights of `m` as they were."
+    was = held(m)
+    try: run()
+    except Exception as e: return str(e), same(was, held(m))
 
-    def forward(self, x):
-        Breaks.calls += 1
-        if dist.get_rank() == 1 and Breaks.calls == 2: raise OSError('out of coffee')
-        return x
+
+@case
+def outside_of_passes(rank):
+    "Errors before the first pass, where a model has no memory, say, and after the last; and a bad mini-batch."
+    m,x,rows_of = nn.Linear(4, 4),torch.randn(8, 4),run_room.rows_of
+    without = nn.Linear(4, 4, device='meta' if rank else 'cpu')
+    said = dict(batches=error_of(lambda: lsuv_init(m, 3 if rank else x), m),
+                bad=error_of(lambda: lsuv_init(m, x*float('nan') if rank else x), m),
+                model=error_of(lambda: lsuv_init(without, x), m),
+                stats=error_of(lambda: layer_stats(without, x), m))
+    def fail(*args): raise RuntimeError('no report')
+    if rank: run_room.rows_of = fail
+    said['report'] = error_of(lambda: lsuv_init(m, x), m)
+    run_room.rows_of = rows_of
+    return said
+
+
+@case
+def killed(rank):
+    "Whether the rank that lives on has put everything back."
+    m = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    if rank: m[2].register_forward_hook(lambda *args: os._exit(1))
+    was = fingerprint(m)
+    try: lsuv_init(m, torch.randn(8, 4))
+    except RuntimeError: return fingerprint(m) == was
 
 
 @case
 def failures(rank):
-    "A model that fails on one rank, in the first pass and in the second; then it does not."
-    seen = {}
-    ways = dict(alone=lambda m: m, blocks=sharded, each=WAYS['each'], tp=lambda m: parallelize_module(
-        m, mesh(), {'0': ColwiseParallel(), '4': RowwiseParallel()}))
-    for way, spread in ways.items():
+    "A model that fails on rank 1, in the first pass and in the second; then it does not."
+    seen,calls = {},[]
+    def forward(self, x):
+        calls.append(1)
+        if rank == 1 and len(calls) == 2: raise OSError('out of coffee')
+        return x
+    plan = {'0': ColwiseParallel(), '4': RowwiseParallel()}
+    ways = {way: WAYS[way] for way in ('alone', 'blocks', 'each')}
+    for way, spread in {**ways, 'tp': lambda m: parallelize_module(m, mesh(), plan)}.items():
         for at in (1, 0):  # calls before the first pass
             torch.manual_seed(0)
-            Breaks.calls = at
+            calls[:] = [1]*at
             middle = Block(32, 40) if way != 'tp' else nn.ReLU()
-            m = spread(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), middle, Breaks(), nn.Linear(32, 10)))
-            was,x = held(m),mine(sequences(), way)
-            try: lsuv_init(m, x)
-            except (OSError, RuntimeError) as e: said = str(e)
-            kept = same(was, held(m))
-            seen[way, at] = said,kept,lsuv_init(m, x).ok
+            m = spread(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), middle, Mod(forward), nn.Linear(32, 10)))
+            x = mine(sequences(), way)
+            seen[way, at] = *error_of(lambda: lsuv_init(m, x), m), lsuv_init(m, x).ok
     return seen
 
 
-class Wanders(nn.Module):
-    "Rank 1 takes another way."
-    def __init__(self):
-        super().__init__()
-        self.left,self.right = nn.Linear(20, 20),nn.Linear(20, 20)
-
-    def forward(self, x): return (self.left if dist.get_rank() else self.right)(x)
-
-
-class Skips(Wanders):
-    "Rank 1 takes another way, to the end."
-    def forward(self, x): return self.left(x) if dist.get_rank() else self.right(self.left(x))
+WANDERS = dict(alone=lambda self, x: (self.left if dist.get_rank() else self.right)(x),
+               to_the_end=lambda self, x: self.left(x) if dist.get_rank() else self.right(self.left(x)))
 
 
 @case
 def other_ways(rank):
     "Ranks that run different layers."
     seen = {}
-    for make in (Wanders, Skips):
-        for way in ('alone', 'each'):
-            m = nn.Sequential(make(), nn.Linear(20, 3))
-            if way == 'each': m = WAYS[way](m)
-            was = held(m)
-            try: lsuv_init(m, mine(sequences(), way))
-            except RuntimeError as e: seen[make.__name__, way] = str(e),same(was, held(m))
+    for (name, forward), way in product(WANDERS.items(), ('alone', 'each')):
+        m = WAYS[way](nn.Sequential(Mod(forward, left=nn.Linear(20, 20), right=nn.Linear(20, 20)), nn.Linear(20, 3)))
+        seen[name, way] = error_of(lambda: lsuv_init(m, mine(sequences(), way)), m)
     return seen
 
 
 @case
 def stages(rank):
     "Each rank has another model."
-    try: lsuv_init(blocks()[2*rank:2*rank + 2], torch.randn(8, 20 if rank == 0 else 32))
-    except RuntimeError as e: return str(e)
+    m = blocks()[2*rank:2*rank + 2]
+    return error_of(lambda: lsuv_init(m, torch.randn(8, 20 if rank == 0 else 32)), m)
 
 
 @case
@@ -245,14 +253,14 @@ def meta(rank):
     "A model that gets its memory when it is sharded."
     torch.manual_seed(0)
     with torch.device('meta'): m = blocks()
-    m = sharded(m)
-    try: lsuv_init(m, mine(sequences(), 'blocks'))
+    m,x = sharded(m),mine(sequences(), 'blocks')
+    try: lsuv_init(m, x)
     except ValueError as e: said = str(e)
     m.to_empty(device='cpu')
     for c in m.modules():
         if hasattr(c, 'reset_parameters'): c.reset_parameters()
     torch.manual_seed(rank)
-    report = lsuv_init(m, mine(sequences(), 'blocks'), preinit='orthogonal')
+    report = lsuv_init(m, x, preinit='orthogonal')
     return said, full(m), report.ok
 
 
@@ -279,12 +287,11 @@ def losses(rank):
 @case
 def stats(rank):
     "The table of a model as it is."
-    m = sharded(network('blocks'))
+    m,x = sharded(network('blocks')),mine(sequences(), 'blocks')
     was = held(m)
-    report = layer_stats(m, mine(sequences(), 'blocks'))
-    try: layer_stats(m, mine(sequences(), 'blocks'), loss=lambda model: model(sequences()).mean())
-    except ValueError as e: said = str(e)
-    return report.pairs, same(was, held(m)), said
+    pairs = layer_stats(m, x).pairs
+    kept = same(was, held(m))
+    return pairs, kept, error_of(lambda: layer_stats(m, x, loss=lambda model: model(sequences()).mean()), m)[0]
 
 
 @case
@@ -296,42 +303,36 @@ def alike_on_one(rank):
 
 
 class Experts(nn.Module):
-    "Each sample goes to one of four experts, which lie in one parameter. Rank 1 uses the last two alone."
+    "The first rank sends its samples to experts 0 and 1, the second to 2 and 1, and none to 3."
     def __init__(self):
         super().__init__()
-        self.first,self.experts = nn.Linear(20, 20),nn.Parameter(torch.randn(4, 20, 20)*0.1)
+        self.ids,self.stem,self.head = [2*dist.get_rank(), 1],nn.Linear(20, 16),nn.Linear(16, 4)
+        self.up,self.down = nn.Parameter(torch.randn(4, 16, 32)),nn.Parameter(torch.randn(4, 32, 16))
+        self.bias = nn.Parameter(torch.randn(4, 32)/2)
 
     def forward(self, x):
-        x = self.first(x)
-        some = range(2, 4) if dist.get_rank() else range(4)
-        return torch.stack([x @ self.experts[i] for i in some]).sum(0)
+        parts = self.stem(x).chunk(2)
+        ups = [torch.addmm(self.bias[i], p, self.up[i]) for i, p in zip(self.ids, parts)]
+        return self.head(torch.cat([torch.relu(u) @ self.down[i] for i, u in zip(self.ids, ups)]))
 
 
 @case
 def experts(rank):
     "Experts that not every rank runs, of a model that each rank holds, and of one that is sharded."
     seen = []
-    for spread in (lambda m: m, sharded):
+    for way in ('alone', 'blocks'):
         torch.manual_seed(0)
-        m = spread(Experts())
+        m = WAYS[way](Experts())
+        up,*_ = full(m)
         torch.manual_seed(rank)
-        report = lsuv_init(m, mine(sequences(), 'blocks'))
-        seen.append((full(m), [(row.name, row.status, row.passes) for row in report]))
+        report = lsuv_init(m, mine(sequences()[:, 0], 'blocks'))
+        kept = torch.equal(full(m)[0][3], up[3])  # no rank runs it
+        seen.append((full(m), {row.name: row.status for row in report}, report.n_passes, kept))
     return seen
 
 
-def main(names, rank, ranks, folder):
-    warnings.simplefilter('ignore')
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    dist.init_process_group('gloo', rank=rank, world_size=ranks, init_method=f'file://{folder}/meet',
-                            timeout=timedelta(seconds=30))
-    for name in names.split(','):
-        run = CASES.get(name) or partial(initialized, **dict(zip(('name', 'way', 'options'), name.split(':'))))
-        torch.save(run(rank), f'{folder}/{name}-{rank}.pt')
-        dist.barrier()
-    dist.destroy_process_group()
+class All(dict):
+    def __missing__(self, name): return partial(initialized, **dict(zip(('name', 'way', 'options'), name.split(':'))))
 
 
-if __name__ == '__main__':
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+if __name__ == '__main__': serve(All(CASES))

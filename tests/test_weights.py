@@ -1,13 +1,15 @@
 "What a unit is made of: weights and biases that modules keep in many ways."
 import pytest
 import torch
-import torch.nn.functional as F
 from checked import init, samples, statuses
 from networks import NETWORKS
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 from fastai_lsuv import lsuv_init
+
+
+def numbers(params): return [p.detach().clone() for p in params]
 
 
 def test_a_weight_behind_a_property():
@@ -23,28 +25,25 @@ def test_a_weight_behind_a_property():
         def weight(self, v):
             self.log = torch.tensor(v).log().item()
     net = nn.Sequential(*[Scaled() for _ in range(4)])
-    weights = [m.lin.weight.detach().clone() for m in net]
-    rows = init(net, 5*samples(), modules=Scaled, preinit=None)
-    assert set(statuses(rows).values()) == {'ok'}
-    assert all(torch.equal(m.lin.weight, w) for m, w in zip(net, weights)) and all(m.log != 0 for m in net)
+    was = numbers(net.parameters())
+    assert set(statuses(init(net, 5*samples(), modules=Scaled, preinit=None)).values()) == {'ok'}
+    assert all(map(torch.equal, was[::2], [m.lin.weight for m in net])) and all(m.log != 0 for m in net)
 
 
 def test_a_frozen_weight_with_a_gain_that_learns():
     from timm.layers import ScaledStdConv2d
-    weight_norm = torch.nn.utils.parametrizations.weight_norm
-    old_weight_norm = torch.nn.utils.weight_norm
-    net = nn.Sequential(ScaledStdConv2d(3, 8, 3), weight_norm(nn.Conv2d(8, 8, 3)), old_weight_norm(nn.Conv2d(8, 8, 3)))
-    frozen = [net[0].weight, net[1].parametrizations.weight.original1, net[2].weight_v]
-    for p in frozen:
-        p.requires_grad_(False)
-    was = [p.detach().clone() for p in frozen]
+    new,old = parametrizations.weight_norm(nn.Conv2d(8, 8, 3)),torch.nn.utils.weight_norm(nn.Conv2d(8, 8, 3))
+    net = nn.Sequential(ScaledStdConv2d(3, 8, 3), new, old)
+    frozen = [net[0].weight, new.parametrizations.weight.original1, old.weight_v]
+    for p in frozen: p.requires_grad_(False)
+    was = numbers(frozen)
     assert set(statuses(init(net, torch.randn(8, 3, 12, 12))).values()) == {'ok'} and all(map(torch.equal, frozen, was))
 
 
 # --- weights that are computed
 
 def test_weight_norm_old_and_new():
-    model, batch = NETWORKS['hand/weight_norm']()
+    model,batch = NETWORKS['hand/weight_norm']()
     assert set(statuses(init(model, batch)).values()) == {'ok'}
     old = model[0]
     torch.testing.assert_close(old.weight, torch._weight_norm(old.weight_v, old.weight_g, 0))  # it is not stale
@@ -53,44 +52,27 @@ def test_weight_norm_old_and_new():
 
 
 def test_pruned():
-    model, batch = NETWORKS['hand/pruned']()
+    model,batch = NETWORKS['hand/pruned']()
     assert set(statuses(init(model, batch)).values()) == {'ok'} and (model[0].weight == 0).float().mean() == 0.5
     torch.testing.assert_close(model[0].weight, model[0].weight_orig*model[0].weight_mask)
 
 
-@pytest.mark.parametrize('wrap', [
-    torch.nn.utils.spectral_norm,
-    torch.nn.utils.parametrizations.spectral_norm,
-    torch.nn.utils.parametrizations.orthogonal,
-])
+@pytest.mark.parametrize('wrap', [torch.nn.utils.spectral_norm, parametrizations.spectral_norm,
+                                  parametrizations.orthogonal], ids=lambda f: f'{f.__module__}.{f.__name__}')
 def test_what_cannot_be_scaled_is_put_back_and_said_so(wrap):
     net = nn.Sequential(nn.Linear(16, 16), wrap(nn.Linear(16, 16)), nn.Linear(16, 16))
-    was = {k: v.clone() for k, v in net[1].state_dict().items()}
+    was = numbers(net[1].state_dict().values())
     rows = init(net, samples(), target_std=lambda name, module: 3. if name == '1' else 1., preinit=None)
     assert statuses(rows) == {'0': 'ok', '1': 'unresponsive', '2': 'ok'} and rows['1'].passes == 0
-    assert all(torch.equal(v, was[k]) for k, v in net[1].state_dict().items())
-
-
-def test_no_knob_at_all():
-    class Fixed(nn.Linear):
-        def __init__(self, *args):
-            super().__init__(*args)
-            w = self.weight.data
-            del self.weight
-            self.table = nn.Parameter(w)
-        @property
-        def weight(self): return self.table.sign()
-        def forward(self, x): return F.linear(x, self.weight, self.bias)
-    rows = init(nn.Sequential(Fixed(16, 16), nn.Linear(16, 4)), samples())
-    assert statuses(rows) == {'0': 'unresponsive', '1': 'ok'}
+    assert all(map(torch.equal, net[1].state_dict().values(), was))
 
 
 def test_standardized_weights_are_scaled_through_their_gain():
-    model, batch = NETWORKS['hand/standardized']()
-    plain, scaled = model[0].weight.detach().clone(), model[4].weight.detach().clone()
+    model,batch = NETWORKS['hand/standardized']()
+    was = numbers([model[0].weight, model[4].weight])
     rows = init(model, batch, preinit=None)
     assert statuses(rows) == {'0': 'unresponsive', '2': 'unresponsive', '4': 'ok', '6': 'ok'}
-    assert torch.equal(model[0].weight, plain) and torch.equal(model[4].weight, scaled) and (model[4].gain != 1).all()
+    assert all(map(torch.equal, was, [model[0].weight, model[4].weight])) and (model[4].gain != 1).all()
 
 
 def test_a_parametrization_of_ones_own():
