@@ -114,17 +114,17 @@ def picture(
     "Score at the best learning rate, and the mean over all of them, by network: a dot a start, a line its spread."
     df = df[df.start.isin(starts) & df.optimizer.eq(df.optimizer.iloc[0])]
     names = list(df.network.unique())
-    orders = list(dict.fromkeys(s.removesuffix(', kept') for s in starts))
+    kinds = list(dict.fromkeys(s.partition(', ')[0] for s in starts))
     fig,axs = plt.subplots(1, 2, figsize=(11, .46*len(names) + 1.4), layout='constrained', sharey=True)
     per_seed = df.groupby([*_ARM, 'seed'], sort=False).score.mean().reset_index()
     for ax, of in zip(axs, (at_best_rate(df), per_seed)):
         for k, start in enumerate(starts):
             by = of[of.start == start].groupby('network').score
             at = np.array([names.index(n) for n in by.groups]) + .14*(k - (len(starts) - 1)/2)
-            order = start.removesuffix(', kept')  # one that keeps the weights has its order's colour, and is hollow
-            color = ['black', 'C0', 'C1', 'C2', 'C3'][orders.index(order)]
+            kind = start.partition(', ')[0]  # with the order "std", the dot is hollow
+            color = ['black', 'C0', 'C1', 'C2'][kinds.index(kind)]
             ax.hlines(at, 100*by.min(), 100*by.max(), color=color, lw=1.5, alpha=.5)
-            ax.plot(100*by.mean(), at, 'o', ms=5, color=color, mfc=color if start == order else 'white', label=start)
+            ax.plot(100*by.mean(), at, 'o', ms=5, color=color, mfc=color if start == kind else 'white', label=start)
         ax.grid(alpha=.3)
         ax.set(xlabel='%')
     axs[0].set_yticks(range(len(names)), names)

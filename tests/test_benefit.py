@@ -10,12 +10,13 @@ from torchvision.models import resnet18
 
 from experiments import benefit as study
 from experiments import tasks
-from experiments.benefit import COMMON, MIRRORED, SCALES, STARTS, arms, benefit, steps_to
+from experiments.benefit import APART, BESIDE_NORMS, SCALES, STARTS, arms, before_norms, benefit, steps_to
 from experiments.data import InputError, get_images
 from experiments.ledger import Ledger
 from experiments.signal import begun, between_samples, by_layer, signal, summary
 from experiments.verdict import at_best_rate, behind, compared, counts, gains, picture, rates, scores, steps
 from experiments.zoo import GPT, ZOO, _resnet
+from fastai_lsuv import lsuv_init
 
 pytestmark = pytest.mark.usefixtures('axes')
 RATES = {'Adam': [.001, .01], 'SGD': [.1]}
@@ -58,22 +59,21 @@ def test_without_a_file_the_ledger_is_in_memory():
 
 
 def test_the_first_seed_comes_first():
-    jobs = arms(['CNN ReLU', 'MLP'], RATES, 2)
+    jobs = arms(['CNN ReLU', 'MLP', 'CNN batch norm'], RATES, 2)
     assert [j['seed'] for j in jobs] == sorted(j['seed'] for j in jobs)
-    of = {(j['network'], j['optimizer'], j['start']) for j in jobs}
-    assert {s for n, o, s in of if n == 'CNN ReLU' and o == 'Adam'} == set(STARTS)
-    common = {*COMMON, MIRRORED}
-    assert {s for n, o, s in of if n == 'MLP'} == common and not any(n == 'MLP' and o == 'SGD' for n, o, _ in of)
-    assert len(jobs) == 2*(len(STARTS)*2 + len(common)*1 + len(common)*2)
+    first = [tuple(j.values()) for j in jobs if j['seed'] == 1 and j['lr'] in (.01, .1)]
+    starts = {(n, opt): [j[2] for j in first if j[:2] == (n, opt)] for n in ZOO for opt in RATES}
+    assert starts['CNN ReLU', 'Adam'] == starts['CNN ReLU', 'SGD'] == starts['MLP', 'Adam'] == list(STARTS)
+    assert not starts['MLP', 'SGD'] and starts['CNN batch norm', 'SGD'] == BESIDE_NORMS
     assert len({tuple(j.items()) for j in jobs}) == len(jobs)
 
 
 def test_a_second_start_goes_on(tmp_path, monkeypatch, capsys):
     options = dict(scale='ci', networks='MLP', lrs='0.01', out=str(tmp_path))
     first = benefit(seeds=1, **options)
-    of = [*COMMON, MIRRORED]
+    of = list(STARTS)
     assert first.start.tolist() == of
-    assert first.normalized.where(~first.undone, '6 of 6').fillna('').tolist() == ['', *['6 of 6']*5]
+    assert first.normalized.where(~first.undone, '6 of 6').fillna('').tolist() == ['', *['6 of 6']*6]
     assert not first.undone[:2].any() and first.score.nunique() > 1
     ran = []
     real = study.run
@@ -86,14 +86,14 @@ def test_a_second_start_goes_on(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_depends_on_its_seed_alone():
-    job = dict(network='MLP', optimizer='Adam', start='std', lr=.01, seed=1)
+    job = dict(network='MLP', optimizer='Adam', start='orthonormal', lr=.01, seed=1)
     def go(**more): return study.run(ZOO['MLP'], lambda name: tasks.diabetes(), job | more, SCALES['ci'])['loss']
     torch.manual_seed(5)
     assert go() == go() and go() != go(seed=2)
 
 
 @pytest.mark.parametrize('options,says', [
-    (dict(scale='large'), "--scale: got 'large'; it takes any of ci, small, paper"),
+    (dict(scale='large'), "--scale: got 'large'; it takes any of ci, small, medium"),
     (dict(networks='CNN'), "--networks: got 'CNN'; it takes any of CNN ReLU"),
     (dict(seeds=0), '--seeds: got 0'), (dict(sgd_lrs='x'), "--sgd-lrs: got 'x'"),
 ])
@@ -102,20 +102,30 @@ def test_bad_options(options, says):
         benefit(out='', **options)
 
 
-def test_mirrored_weights_go_where_they_suit():
-    jobs = arms(list(ZOO), RATES, 1)
-    assert {j['network'] for j in jobs if j['start'] == MIRRORED} == {
-        'CNN ReLU', 'CNN GELU', 'FitNet-4 ReLU', 'norm-free ResNet', 'MLP'}
-    images = get_images(n=64, size=8)
-    for name, entry in ZOO.items():
-        if not entry.mirrors: continue
-        task = study._TASKS[entry.task](lambda: images)
-        x,_ = task.dls(16).train.one_batch()
-        model = entry.build(task).eval()
-        study.mirrored(model)
-        pooled = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
-        if any(isinstance(m, pooled) for m in model.modules()): continue
-        assert torch.allclose(model(-2*x), -2*model(x), rtol=1e-3, atol=1e-3), name
+def test_layers_before_a_norm_are_left_out():
+    images = get_images(n=64, size=16)
+    task,x = tasks.classify(images),images.train[0][:16]
+    for name in ('CNN batch norm', 'ResNet batch norm', 'xresnet batch norm'):
+        torch.manual_seed(0)
+        model = ZOO[name].build(task)
+        was = {n: t.clone() for n, t in model.state_dict().items()}
+        layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        found = before_norms(model, x)
+        assert found == layers[:-1] and all(torch.equal(was[n], t) for n, t in model.state_dict().items())
+        job = dict(network=name, optimizer='Adam', start='kept' + APART, lr=.01, seed=1)
+        assert study.run(ZOO[name], lambda of: task, job, SCALES['ci'])['normalized'] == '1 of 1'
+    assert before_norms(ZOO['CNN ReLU'].build(task), x) == []
+
+
+@pytest.mark.parametrize('start', [s for s in STARTS if 'mirrored' in s])
+def test_mirrored_networks_start_mirrored(start):
+    task = tasks.classify(get_images(n=64, size=16))
+    x,_ = task.dls(16).train.one_batch()
+    for name in SCALES['medium'].networks:
+        if ZOO[name].normed: continue
+        model = ZOO[name].build(task)
+        report = lsuv_init(model, x, **STARTS[start])
+        assert sum(row.start == 'mirrored' for row in report) >= len(report) - 2, name
 
 
 # --- what the runs say
@@ -239,8 +249,9 @@ def test_characters_are_to_be_predicted_by_those_before():
 
 
 @pytest.mark.parametrize('name', ZOO)
-def test_each_network_trains_a_step(name, images):
+def test_each_network_trains_a_step(name):
     entry = ZOO[name]
+    images = get_images(n=64, size=entry.size)
     task = study._TASKS[entry.task](lambda: images)
     torch.manual_seed(0)
     model = entry.build(task)
