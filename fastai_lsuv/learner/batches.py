@@ -85,9 +85,9 @@ def _reachable(roots: Iterable[Any]) -> list[Any]:
         o = todo.pop()
         if o is None or isinstance(o, _OPAQUE) or id(o) in seen or type(o).__module__.split('.')[0] in _OTHERS: continue
         seen.add(id(o))
-        if isinstance(o, (list, tuple, set, dict)):
-            if len(o) <= _MOST_ITEMS: todo += o.values() if isinstance(o, dict) else o
-        elif isinstance(o, MethodType): todo.append(o.__self__)
+        if isinstance(o, (list, tuple, set, dict)) and len(o) <= _MOST_ITEMS:
+            todo += o.values() if isinstance(o, dict) else o
+        if isinstance(o, MethodType): todo.append(o.__self__)
         elif isinstance(o, partial): todo += [o.func, o.args, o.keywords]
         elif hasattr(o, '__dict__'):
             found.append(o)

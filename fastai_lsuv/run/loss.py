@@ -111,6 +111,7 @@ class LossCheck:
         if self.pair is None: return
         self.current = True
         self.constant,self.negated,self.same = map(self._of, (torch.zeros_like, _negated, _mean_over_samples))
+        if self.constant == self.before: self.constant = float('nan')  # the model gives its loss itself
         self.trained = self._looks_trained()
         self.outs = []
         if self.trained: getattr(self.loss, 'on_trained', _warn)(self.trained)
@@ -195,8 +196,7 @@ class LossCheck:
         if self.pair is None or not isfinite(self.before): return ''
         reference = max(self.before, self.constant) if isfinite(self.constant) else self.before
         if isfinite(self.after) and (not self._has_floor or self.after <= _FAR*reference): return ''
-        told = isfinite(self.constant) and self.constant != self.before  # the same: the model gives its loss itself
-        zeros = f", and predicting zeros gives {self.constant:.3g}" if told else ''
+        zeros = f", and predicting zeros gives {self.constant:.3g}" if isfinite(self.constant) else ''
         return f"the training loss is {self.after:.3g} after LSUV; it was {self.before:.3g} before{zeros}"
 
 
