@@ -137,7 +137,7 @@ EXPERTS = ['a.up[0]', 'a.up[1]', 'a.up[2]']
     ([nn.Linear, 'a.up[0]'], ['a.up[0]', 'lin']),
     (nn.Linear, ['lin']),
     (Net, EXPERTS),
-    (lambda m: isinstance(m, Net), EXPERTS),
+    pytest.param(lambda m: isinstance(m, Net), EXPERTS, id='a function'),
 ], ids=str)
 def test_modules_selects_them_by_name_and_by_what_holds_them(modules, names):
     outer = Mod(lambda self, x: self.a(x) + self.lin(x).mean(), a=experts(), lin=nn.Linear(16, 8))
