@@ -19,6 +19,7 @@ NETWORKS: dict[str, Network] = {}
 
 @dataclass
 class Network:
+    name: str
     make: Callable[[], tuple[nn.Module, Any]]  # The model, and a mini-batch: a tensor, or a tuple or dict of its inputs
     statuses: dict[str, str]  # By unit, those that are not "ok" or "no bias"
 
@@ -31,7 +32,7 @@ class Network:
 
 def network(name: str, statuses: dict[str, str] | None = None):
     "Add what the decorated function makes to `NETWORKS`."
-    def add(make): NETWORKS[name] = Network(make, statuses or {})
+    def add(make): NETWORKS[name] = Network(name, make, statuses or {})
     return add
 
 

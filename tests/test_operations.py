@@ -301,3 +301,14 @@ def test_a_small_weight_behind_a_norm_is_scaled_and_not_faint():
     report = quietly(model, torch.randn(256, 16), modules='w[1]', preinit=None)
     assert [(r.name, r.status) for r in report] == [('w[1]', 'ok')] and report[0].gain > 1000
     assert torch.allclose(model.w[1], was[1]*report[0].gain, rtol=1e-4) and torch.equal(model.w[0], was[0])
+
+
+def test_a_bilinear_layer_may_be_given_a_parameter():
+    "The parameter is an input there, not a weight."
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p,self.layer = nn.Parameter(torch.randn(64, 5)),nn.Bilinear(4, 5, 8)
+        def forward(self, x): return F.bilinear(x, self.p, self.layer.weight, self.layer.bias)
+    report = quietly(Net(), torch.randn(64, 4))
+    assert [(r.name, r.status) for r in report] == [('layer', 'ok')]

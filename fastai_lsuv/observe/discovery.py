@@ -64,7 +64,7 @@ class Discovery:
         if func in GROUPED and (args[2] if len(args) > 2 else kwargs.get('offs')) is None:
             func = torch.bmm  # groups of the same size, stacked
         operation = OPERATIONS[func]
-        if 'weight' in operation.names and len(args) > 1 and not kwargs and isinstance(args[1], nn.Parameter):
+        if operation.names.startswith('input weight bias') and not kwargs and isinstance(args[1], nn.Parameter):
             return self._known_use(func, args)
         call = operation.call(args, kwargs)
         views = {n: self.sources.find(call.arguments.get(n)) for n in operation.weights.split()}
@@ -78,12 +78,12 @@ class Discovery:
         if bias is not None: bias = replace(bias, factor=call.times*bias.factor)
         u = self._unit(view.once(), layout, bias)
         if u is None: return []
-        is_row = call.bias is None or operation.sure or _is_row(call.bias, layout)
+        is_row = call.bias is None or operation.bias_is_row or _is_row(call.bias, layout)
         others = [a for n, a in call.arguments.items() if n not in (name, operation.bias) and isinstance(a, Tensor)]
         return [Use(u, call.bias, call.times, is_row, input=others[0] if is_row and len(others) == 1 else None)]
 
     def _known_use(self, func: Callable, args: tuple) -> list[Use]:
-        "The use of a whole parameter by a function with a place for the weight, such as a conv."
+        "The use of a whole parameter by a function of input, weight and bias, such as a conv."
         key = func,id(args[1])
         if key not in self._known:
             view = self.sources.find(args[1])
@@ -92,9 +92,7 @@ class Discovery:
             u = self._unit(view, layout, self.sources.find(call.bias)) if layout is not None else None
             self._known[key] = u,layout
         u = self._known[key][0]
-        at = 3 if func is F.bilinear else 2
-        given = args[0] if func is not F.bilinear else None
-        return [Use(u, args[at] if len(args) > at else None, input=given)] if u is not None else []
+        return [Use(u, args[2] if len(args) > 2 else None, input=args[0])] if u is not None else []
 
     def uses_as_linear(self, weight: Tensor, bias: Tensor | None, letter: str = '') -> list[Use]:
         "The use of a weight as that of a linear layer. A letter tells it from others in the same parameter."

@@ -44,7 +44,7 @@ class Operation:
     layout: Callable[[dict[str, Any], str], Layout | None]
     weights: str  # Arguments that may be the weight
     bias: str = ''  # The argument that is added
-    sure: bool = True  # Whether the weight has one place, and is not just the argument that is a parameter
+    bias_is_row: bool = True  # Whether the bias always has one number a channel
 
     def call(self, args: tuple, kwargs: dict) -> Call:
         return Call({**dict(zip(self.names.split(), args)), **kwargs}, self)
@@ -124,14 +124,12 @@ class _Einsum(Operation):
 
 _CONV = 'input weight bias stride padding dilation groups'
 _TRANSPOSED = 'input weight bias stride padding output_padding groups dilation'
-_either = dict(sure=False)
-_mm = Operation('input mat2', _equation('ni,io->no', 'input mat2'), 'input mat2', **_either)
-_bmm = Operation('input mat2', _equation('bni,bio->bno', 'input mat2'), 'input mat2', **_either)
-_mv = Operation('input vec', _equation('ni,i->n', 'input vec'), 'input', **_either)
-_matmuls = Operation('input other', _matmul, 'input other', **_either)
-_addmm = Operation('input mat1 mat2', _equation('ni,io->no', 'mat1 mat2'), 'mat1 mat2', 'input', **_either)
-_baddbmm = Operation('input batch1 batch2', _equation('bni,bio->bno', 'batch1 batch2'), 'batch1 batch2', 'input',
-                     **_either)
+_mm = Operation('input mat2', _equation('ni,io->no', 'input mat2'), 'input mat2')
+_bmm = Operation('input mat2', _equation('bni,bio->bno', 'input mat2'), 'input mat2')
+_mv = Operation('input vec', _equation('ni,i->n', 'input vec'), 'input')
+_matmuls = Operation('input other', _matmul, 'input other')
+_addmm = Operation('input mat1 mat2', _equation('ni,io->no', 'mat1 mat2'), 'mat1 mat2', 'input', False)
+_baddbmm = Operation('input batch1 batch2', _equation('bni,bio->bno', 'batch1 batch2'), 'batch1 batch2', 'input', False)
 _grouped = Operation('input mat2 offs bias', _equation('ni,io->no', 'input mat2'), 'mat2')  # of each expert's rows
 
 GROUPED = [f for m in (torch, F) for n in ('_grouped_mm', 'grouped_mm') if (f := getattr(m, n, None))]
@@ -149,8 +147,8 @@ OPERATIONS: dict[Callable, Operation] = {
     **dict.fromkeys((torch.mv, Tensor.mv), _mv),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _baddbmm),
-    torch.einsum: _Einsum('', _einsum, '_0 _1 _2 _3', **_either),
-    torch.tensordot: Operation('a b dims', _tensordot, 'a b', **_either),
+    torch.einsum: _Einsum('', _einsum, '_0 _1 _2 _3'),
+    torch.tensordot: Operation('a b dims', _tensordot, 'a b'),
     **dict.fromkeys(GROUPED, _grouped),
 }
 

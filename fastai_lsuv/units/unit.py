@@ -148,11 +148,12 @@ class Unit:
         if self.zero_weight: return Status.CONSTANT
         if not why and self.reason == Status.NO_SIGNAL: return Status.NO_SIGNAL
         if not varies(m): return Status.CONSTANT
-        why = why or doubt(m, 1.)
-        if why: return Status(why)
+        if why := why or doubt(m, 1.): return Status(why)
         if self.stale: return Status.OFF
         if not self.weights and self.target.loops and not self.met(m): return Status.UNRESPONSIVE
-        if not self.met(m): return Status(self.reason) if self.reason in ('unresponsive', *DOUBTS) else Status.OFF
+        if not self.met(m):  # a pass that only measures notes no doubt
+            why = self.reason or self.target.loops and self.doubts(m)
+            return Status(why) if why in ('unresponsive', *DOUBTS) else Status.OFF
         return Status.NO_BIAS if not self.can_shift and self.target.misses_mean(m) else Status.OK
 
 
