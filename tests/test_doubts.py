@@ -198,6 +198,7 @@ def test_the_first_tensor_tells_the_samples():
 def test_a_layer_in_doubt_is_said_to_be_however_many_passes_there_are(max_iter):
     torch.manual_seed(0)
     x = torch.randn(1, 32) + 1e-7*torch.randn(64, 32)
-    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    body = nn.Linear(32, 64),nn.BatchNorm1d(64),nn.ReLU(),nn.Linear(64, 64),nn.ReLU()
+    model = nn.Sequential(*body, nn.Linear(64, 8))
     report = quietly(model, x, max_iter=max_iter)
     assert [r.status for r in report] == ['ok', 'alike', 'alike']

@@ -96,12 +96,43 @@ def test_the_verifying_pass_takes_the_loss_of_a_model_that_draws_nothing(layers,
     if passes == [3, 2]: assert report.loss[1] == pytest.approx(loss(model.train()).item(), abs=1e-6)
 
 
-@pytest.mark.parametrize('given', [lambda x: x.clone(), lambda x: x[:32]], ids=['a copy', 'a part'])
-def test_a_loss_on_other_inputs_is_taken_on_its_own(given):
-    model,x = nn.Linear(4, 2),torch.randn(64, 4)
-    other = given(x)
-    report = lsuv_init(model, x, loss=lambda model: model(other).square().mean() + 1)
-    assert report.n_passes == 4 and report.loss[1] == pytest.approx(model(other).square().mean().item() + 1, abs=1e-6)
+class OwnNoise(nn.Module):
+    "Dropout that draws from a generator of its own, or from the global one without moving it on."
+    def __init__(self, fork):
+        super().__init__()
+        self.fork,self.generator = fork,torch.Generator().manual_seed(0)
+    def forward(self, x):
+        if not self.fork: return x*(.5 + torch.rand(1, generator=self.generator.manual_seed(0)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            return F.dropout(x, .5, True)
+
+
+def twice(model, net, x): return model(x).square().mean() + model(x/2).square().mean()
+def beside(model, net, x): return model(x).square().mean() + net(x/2).square().mean()
+def a_part(model, net, x): return model(x).square().mean() + net[0](x/2).square().mean()
+def plain(model, net, x): return model(x).square().mean()
+def in_eval(model, net, x): return net.eval() and model(x).square().mean()
+def a_copy(model, net, x): return model(x.clone()).square().mean()
+
+
+def in_half(model, net, x):
+    with torch.autocast('cpu', torch.bfloat16): return model(x).float().square().mean()
+
+
+@pytest.mark.parametrize('loss, layers, passes', [
+    (plain, [nn.ReLU()], 3), (beside, [nn.ReLU()], 3), (a_part, [nn.ReLU()], 3), (twice, [nn.ReLU()], 4),
+    (a_copy, [nn.ReLU()], 4), (in_half, [nn.ReLU()], 4), (in_eval, [nn.BatchNorm1d(32)], 4),
+    (plain, [nn.Dropout(1.)], 4), (plain, [OwnNoise(False)], 4), (plain, [OwnNoise(True)], 4)],
+    ids=lambda v: v.__name__ if callable(v) else '')
+def test_the_loss_after_is_that_of_the_model_and_does_not_steer_lsuv(loss, layers, passes):
+    torch.manual_seed(0)
+    net,batches = nn.Sequential(nn.Linear(16, 32), *layers, nn.Linear(32, 8)),list(torch.randn(3, 64, 16))
+    other = deepcopy(net)
+    report = quietly(net, batches, loss=lambda model: loss(model, net, batches[1]), force=True, batch_tol=.3)
+    quietly(other, batches, batch_tol=.3)
+    assert all(map(torch.equal, net.parameters(), other.parameters())) and report.n_passes == passes
+    with torch.no_grad(): assert report.loss[1] == pytest.approx(loss(net.train(), net, batches[1]).item(), rel=1e-6)
 
 
 def test_the_loss_is_that_of_training_and_draws_the_same_random_numbers_each_time():

@@ -1,6 +1,7 @@
 "The advice to start mirrored: where samples become alike in a plain network of rectifiers, and nowhere else."
 import pytest
 import torch
+from checked import quietly
 from torch import nn
 
 from fastai_lsuv import lsuv_init
@@ -35,11 +36,34 @@ def test_mirrored_weights_are_advised_where_samples_become_alike(model, advised)
     if advised:
         out = model(x)
         share = (out - out.mean(0)).square().mean()/(out - out.mean()).square().mean()
-        assert f'Samples become alike: {100*share:.1g} % of the variance of the last output is' in str(report)
+        assert f'Samples become alike: {100*share:.0f} % of the variance of the last output is' in str(report)
         report = lsuv_init(model, x, order='std', preinit='mirrored')
         assert 'alike' not in report.summary and 'start mirrored' in report.summary
         out = model(x)
         assert (out - out.mean(0)).square().mean() > .5*(out - out.mean()).square().mean()
+
+
+class RMSNorm(nn.Module):
+    def forward(self, x): return x/x.square().mean(-1, keepdim=True).sqrt()
+
+
+def frozen(model): return model.requires_grad_(False)
+def last_of_no_samples(model):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model,self.place = model,nn.Linear(4, 10)
+        def forward(self, x): return self.model(x) + self.place(torch.ones(1, 4))
+    return Net()
+
+
+@pytest.mark.parametrize('make, n', [
+    (lambda: mlp(nn.ReLU), 1), (lambda: frozen(mlp(nn.ReLU)), 64), (lambda: mlp(nn.ReLU, 40, RMSNorm), 64),
+    (lambda: last_of_no_samples(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))), 8)],
+    ids=['one sample', 'frozen', 'RMSNorm', 'the last output is not of samples'])
+def test_nothing_is_advised_without_grounds(make, n):
+    torch.manual_seed(0)
+    assert 'mirrored' not in quietly(make(), torch.randn(n, 64), order='std').summary
 
 
 def test_nothing_is_advised_where_the_mini_batch_is_alike():

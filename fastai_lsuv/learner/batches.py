@@ -89,7 +89,7 @@ def _reachable(roots: Iterable[Any]) -> list[Any]:
             todo += o.values() if isinstance(o, dict) else o
         if isinstance(o, MethodType): todo.append(o.__self__)
         elif isinstance(o, partial): todo += [o.func, o.args, o.keywords]
-        elif hasattr(o, '__dict__'):
+        elif hasattr(o, '__dict__') and (vars(o) or not isinstance(o, (list, tuple, set, dict))):
             found.append(o)
             todo += vars(o).values()
     return found

@@ -30,12 +30,17 @@ _STOCHASTIC = re.compile(r'Drop(?![a-z])|Drop(out|path|block)|Stochastic')
 
 def _not_training(function: Callable) -> Callable:
     "`function`, a Python function of `torch.nn.functional`, called with `training=False`."
-    return _without(function, 'training', list(signature(function).parameters).index('training'), False)
+    names = list(signature(function).parameters)
+    p = 'p' if 'p' in names else 'dropout_p'
+    return _without(function, 'training', names.index('training'), False, p, names.index(p))
 
 
-def _without(function: Callable, name: str, position: int, value: Any) -> Callable:
-    "`function`, called with `value` as its argument `name` (at `position`)."
+def _without(function: Callable, name: str, position: int, value: Any, p: str, at: int) -> Callable:
+    "`function`, called with `value` as its argument `name` (at `position`). It drops a share of `p` (at `at`)."
+    default = 0.5 if p == 'p' else 0.
+
     def without(watch: NormWatch, *args, **kwargs):
+        watch.altered = watch.altered or bool(args[at] if len(args) > at else kwargs.get(p, default))
         if len(args) > position: return function(*args[:position], value, *args[position + 1:], **kwargs)
         return function(*args, **{**kwargs, name: value})
     return without
@@ -48,8 +53,8 @@ _TORCH_DROPOUT = (torch.dropout, torch.dropout_, torch.feature_dropout, torch.fe
 # What is called in place of a function, with a `NormWatch` and the function's arguments.
 _REPLACEMENTS: dict[Callable, Callable] = {
     **{f: _not_training(f) for f in _DROPOUT},
-    **{f: _without(f, 'train', 2, False) for f in _TORCH_DROPOUT},
-    F.scaled_dot_product_attention: _without(F.scaled_dot_product_attention, 'dropout_p', 4, 0.),
+    **{f: _without(f, 'train', 2, False, 'p', 1) for f in _TORCH_DROPOUT},
+    F.scaled_dot_product_attention: _without(F.scaled_dot_product_attention, 'dropout_p', 4, 0., 'dropout_p', 4),
     **NORMS,
     **RECTIFIERS,
 }
@@ -69,6 +74,7 @@ class _LikelyBranch:
         out = torch.rand(*args, **kwargs)
         if out.numel() != 1 or self.lone == _MOST_LONE: return out
         self.lone += 1
+        watch.altered = True
         return out.fill_(0.5)
 
 
@@ -121,6 +127,7 @@ def measuring(
     "Run the model in train mode, without dropout. The switches are put back here, the modes by a `Snapshot`."
     modules = list(model.modules())
     was = [(m, k, v) for m in modules for k, v in _switches(m)]
+    watch.altered = watch.altered or any(v for *_, v in was)
     try:
         if not all(map(_trains, modules)): model.train()
         for m, k, _ in was: setattr(m, k, False if k == 'training' else 0.)

@@ -39,10 +39,12 @@ class NormWatch:
     Such a layer subtracts what the samples share. What is left is rounding noise, or smaller than the layer's eps, and
     the scale of everything behind the layer rests on it. The variance v of the input makes v/(v + eps) of the variance
     of the output. `spread` is the smallest such share so far. It stays 1 while samples differ. `normed` is True once a
-    norm layer has run, `rectified` once a ReLU or the like has."""
+    norm layer has run, `rectified` once a ReLU or the like has, and `altered` if dropout was switched off."""
     def __init__(self): self.reset()
 
-    def reset(self) -> None: self.spread,self.normed,self.rectified = 1.,False,False
+    def reset(self) -> None:
+        self.spread = 1.
+        self.normed = self.rectified = self.altered = False
 
     def see(self,
         mean: Tensor,  # Mean of each group that the layer normalizes

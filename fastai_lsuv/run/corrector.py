@@ -89,7 +89,7 @@ class Corrector:
         if u.seen.now is None:
             u.seen.now = now
             self.ran.append(u)
-        now.shape,self.output = tuple(x.shape),x
+        now.shape,self.output = tuple(x.shape),x.detach()
         now.moments.append(m)
         if self.watch is not None: self.watch(len(self.ran))
         return True

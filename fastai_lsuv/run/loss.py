@@ -6,8 +6,8 @@ much better than a constant answer, before, that it looks trained. `own_loss` is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isfinite
-from operator import is_
 from typing import Any, Callable
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..keep import Generators
 from ..observe import cloned
-from ..parallel import any_rank, mean_of_ranks
+from ..parallel import any_rank, forwards, mean_of_ranks
 from .blame import explained, warn_caller
 from .passes import arguments
 from .signs import LEARNED, MOVED, NEW, sign_of
@@ -93,8 +93,8 @@ class LossCheck:
         self.constant = self.same = self.negated = float('nan')
         self.trained = ''  # Why the model looks trained; "" if it does not
         self.error = ''  # Why the loss cannot be taken
-        self.calls: list[list[Any]] = []  # What the model was given, a call each
-        self.outs: list[Any] = []  # Of the model, a call each
+        self.calls: list[_Call] = []  # Of the model, for the loss before
+        self.outs: list[Any] = []  # Of these calls
         self.draws = False  # Whether the model draws random numbers as it trains
         self.current = False  # Whether `after` is that of the weights as they are now
         self.model_error: Exception | None = None
@@ -112,8 +112,7 @@ class LossCheck:
         self.current = True
         self.constant,self.negated,self.same = map(self._of, (torch.zeros_like, _negated, _mean_over_samples))
         if self.constant == self.before: self.constant = float('nan')  # the model gives its loss itself
-        self.trained = self._looks_trained()
-        self.outs = []
+        self.trained,self.outs = _looks_trained(self),[]
         if self.trained: getattr(self.loss, 'on_trained', _warn)(self.trained)
 
     def _of(self, change: Callable[[Tensor], Tensor]) -> float:
@@ -124,37 +123,41 @@ class LossCheck:
         loss,self.error = self._take(lambda *args, **kwargs: next(outs)),''
         return loss
 
-    def _looks_trained(self) -> str:
-        "Why the model looks trained, or \"\": the loss of an answer that is the same for all samples is far higher."
-        if not self._has_floor or not self.before < _LOW[LEARNED]*self.same: return ''
-        sign = sign_of(self.model)
-        if sign == NEW or not self.before < _LOW[sign]*self.same: return ''
-        if sign == MOVED and _n_samples(self.outs) < _LEAST_SAMPLES: return ''
-        return f"it looks trained: its loss is {self.before:.2f}, a constant answer's {self.same:.2f}"
-
     @property
-    def _has_floor(self) -> bool:
+    def has_floor(self) -> bool:
         "A loss that is negative for some output has no floor, and a ratio means nothing: that of a WGAN's critic, say."
         return not any(v < 0 for v in (self.before, self.constant, self.negated))
 
-    def rides_on(self,
-        batch: Any  # The model's inputs
-    ) -> bool:
-        "Whether a pass with this mini-batch gives the loss, too: the same call of a model that draws nothing."
-        given = tree_leaves(arguments(batch))
-        same = len(self.calls) == 1 and len(given) == len(self.calls[0]) and all(map(is_, given, self.calls[0]))
-        return not any_rank(self.pair is None or self.draws or not same)
+    def take_from(self,
+        out: Any,  # What the model put out in a pass
+        batch: Any,  # What it was given
+        altered: bool  # Whether dropout was switched off in the pass
+    ) -> None:
+        """Take the loss after from a pass, if the pass ran the model as the loss does: once, on this mini-batch, under
+        the same conditions, and with no random numbers drawn."""
+        plain = _Call.of(self.model, *arguments(batch), training=True)
+        if any_rank(self.pair is None or self.draws or altered or self.calls != [plain]): return
+        calls: list[_Call] = []
 
-    def take_after(self) -> None:
-        "Take the loss of the model as LSUV has made it. One that cannot be taken any more counts as NaN."
-        if self.pair is None: return
-        self.calls = []
-        self.after,self.current = self._take(self._run),True
+        def given(*args, **kwargs):
+            calls.append(_Call.of(self.model, args, kwargs))
+            return out
+
+        after = self._take(given)
+        self.current = not any_rank(bool(self.error) or calls != [plain])
+        if self.current: self.after = after
+        self.error = ''
+
+    def take_after(self, anew: bool = False) -> bool:  # Whether it took a forward
+        "Take the loss of the model as LSUV has made it, unless it is known. One that cannot be taken counts as NaN."
+        if self.pair is None or not any_rank(anew or not self.current): return False
+        with forwards(self.model): self.after = self._take(self._run)
         self.error,self.outs = '',[]
+        return True
 
     def _run(self, *args, **kwargs) -> Any:
         "The model, which leaves its output behind, and any error of its own."
-        self.calls.append(tree_leaves((args, kwargs)))
+        self.calls.append(_Call.of(self.model, args, kwargs))
         args,kwargs = cloned((args, kwargs))  # the model may write to its input
         try:
             with explained(self.model): self.outs.append(out := self.model(*args, **kwargs))
@@ -195,9 +198,31 @@ class LossCheck:
         "What the loss says against the model as it is now, in words; \"\" if it does not."
         if self.pair is None or not isfinite(self.before): return ''
         reference = max(self.before, self.constant) if isfinite(self.constant) else self.before
-        if isfinite(self.after) and (not self._has_floor or self.after <= _FAR*reference): return ''
+        if isfinite(self.after) and (not self.has_floor or self.after <= _FAR*reference): return ''
         zeros = f", and predicting zeros gives {self.constant:.3g}" if isfinite(self.constant) else ''
         return f"the training loss is {self.after:.3g} after LSUV; it was {self.before:.3g} before{zeros}"
+
+
+def _looks_trained(check: LossCheck) -> str:
+    "Why the model looks trained, or \"\": the loss of an answer that is the same for all samples is far higher."
+    if not check.has_floor or not check.before < _LOW[LEARNED]*check.same: return ''
+    sign = sign_of(check.model)
+    if sign == NEW or not check.before < _LOW[sign]*check.same: return ''
+    if sign == MOVED and _n_samples(check.outs) < _LEAST_SAMPLES: return ''
+    return f"it looks trained: its loss is {check.before:.2f}, a constant answer's {check.same:.2f}"
+
+
+@dataclass(frozen=True)
+class _Call:
+    "A call of the model: what it was given, by identity, and the conditions."
+    ids: list[int]
+    training: bool
+    autocast: list[tuple]  # Whether it is on, and its dtype, by device
+
+    @classmethod
+    def of(cls, model: nn.Module, args: Any, kwargs: Any, training: bool | None = None) -> _Call:
+        autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ('cpu', 'cuda')]
+        return cls([*map(id, tree_leaves((args, kwargs)))], model.training if training is None else training, autocast)
 
 
 def _negated(o: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Passes:
         self.between: dict[Unit, BetweenPasses] = {}  # Of the units that are called several times or set apart
         self.begun = False
         self.made: list[str] = []  # Layers that the model makes in its forward
+        self.output: Any = None  # Of the model in the last pass
         self._known = {id(m) for _, m in selection.named}
 
     @property
@@ -54,13 +55,12 @@ class Passes:
     def __call__(self,
         batch: Any,  # A tensor, or a tuple or dict of the model's inputs
         correct: bool = True,  # Plan corrections, or only measure
-        fresh: bool = True,  # Whether this is another mini-batch than that of the pass before
-        run: Callable[[], Any] | None = None  # Runs the model on the mini-batch, in place of a plain call
+        fresh: bool = True  # Whether this is another mini-batch than that of the pass before
     ) -> list[Unit]:  # The units that have plans, to be applied
         self._begin(correct, batch, fresh)
         c,taken = self.corrector,self.discovery.taken
         with shown(self.model, self.discovery, c) as wrappers, measuring(self.model, c.norms, wrappers, taken):
-            run() if run is not None else call(self.model, cloned(batch))
+            self.output = call(self.model, cloned(batch))
         self.made = [n for n, m in self.model.named_modules() if is_layer(m) and id(m) not in self._known]
         self._end()
         if correct: self._plan_after()

@@ -21,6 +21,7 @@ _UNKNOWN = float('nan'), float('nan')
 # weights. Of the study `benefit`'s networks (64 samples, three seeds) these come to 0.01 to 0.09: a CNN of 8 layers,
 # one of 20, FitNet-4, SqueezeNet. Residual ones, and ones with GELU, tanh or a norm, come to 0.07 to 0.4.
 _ALIKE = 0.1
+_FEW = 4  # Fewer samples do not tell
 
 
 def rows_of(
@@ -40,12 +41,14 @@ def rows_of(
 def advice(passes: Passes) -> str:
     "What may serve the model better: \"\" if there is nothing to say."
     c,out = passes.corrector,passes.corrector.output
-    plain = c.norms.rectified and not c.norms.normed
-    if not plain or c.alike or out is None or out.dim() < 2 or any(u.start for u in passes.units): return ''
-    share = between_samples(local(out.detach()))
+    normed = c.norms.normed or any('norm' in type(m).__name__.lower() for m in passes.model.modules())
+    if normed or not c.norms.rectified or c.alike or not any(u.may_change for u in passes.units): return ''
+    if out is None or out.dim() < 2 or not _FEW <= len(out) == c.samples: return ''
+    share = between_samples(local(out))
     if not share < _ALIKE: return ''
-    return (f"Samples become alike: {100*share:.1g} % of the variance of the last output is between "
-            "samples. `preinit='mirrored'` keeps them apart.")
+    part = f'{share:.0%}'.replace('%', ' %') if share > .01 else 'less than 1 %'
+    return (f"Samples become alike: {part} of the variance of the last output is between samples. "
+            "`preinit='mirrored'` keeps them apart.")
 
 
 def _uncalled(passes: Passes, units: list[Unit]) -> list[Unit]:

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ..keep import Generators, Weights, gradients_aside, uninterrupted
 from ..measure import unusual
 from ..observe import Observer, cloned
-from ..parallel import any_rank, forwards, from_rank_0, in_step, meet
+from ..parallel import from_rank_0, in_step, meet
 from ..report import LSUVReport
 from ..start import Start
 from ..statuses import DOUBTS, Status
@@ -81,20 +81,17 @@ class Run:
 
     def _normalize(self) -> None:
         "Look, start, correct, and take the loss."
-        options = self.options
         self.passes = Passes(self.model, self.selection, self.prepare, self.kept, watch=self.watch)
-        if options.baseline or self.check.loss is not None: self._look()
-        self.start = Start(options.preinit, self.passes.discovery, self.keeps, self.kept.before_starting, self._show)
+        if self.options.baseline or self.check.loss is not None: self._look()
+        keep,show = self.kept.before_starting,self._show
+        self.start = Start(self.options.preinit, self.passes.discovery, self.keeps, keep, show)
         self.passes.corrector.waits = self.start.waits
         self._repeat_passes()
-        if not self.passes.units and not self.selection.layers:
-            raise NothingToDo(self.model)
-        self.kept.put_back_params(self.start.unused())
+        if not self.passes.units and not self.selection.layers: raise NothingToDo(self.model)
+        self.kept.put_back_params(unused := self.start.unused())
         self.kept.rewind()
-        if self.check.pair is not None and any_rank(not self.check.current):
-            self.n_passes += 1
-            with forwards(self.model): self.check.take_after()
-            self.kept.rewind()
+        self.n_passes += self.check.take_after(anew=bool(unused))
+        self.kept.rewind()
         _warn_of_new_layers(self.passes.made)
 
     def _look(self) -> None:
@@ -140,12 +137,15 @@ class Run:
             self._pass(fresh=False, correct=False)
 
     def _pass(self, fresh: bool, correct: bool = True) -> bool:  # Whether any weight was written
-        "Run one pass, and apply what it plans. Where it runs the model as the loss does, take the loss, too."
-        check,batch,self.n_passes = self.check,self.feed.batch,self.n_passes + 1
-        planned = self.passes(batch, correct, fresh, check.take_after if check.rides_on(batch) else None)
-        self.passes.apply(planned)
-        started = correct and self.start(self.passes.units)
+        "Run one pass, and apply what it plans. If that is nothing, the pass may tell the loss, too."
+        self.n_passes += 1
+        passes,check,batch = self.passes,self.check,self.feed.batch
+        planned = passes(batch, correct, fresh)
+        passes.apply(planned)
+        started = correct and self.start(passes.units)
         if planned or started: check.current = False
+        elif not check.current: check.take_from(passes.output, batch, passes.corrector.norms.altered)
+        passes.output = None
         return bool(planned) or started
 
     def _finish(self, force: bool, undone: str, tell: Callable[[LSUVReport], object]) -> LSUVReport:
@@ -154,7 +154,7 @@ class Run:
         rows,coverage = rows_of(self.passes, self.before, bool(undone), options.preinit == 'mirrored')
         report = LSUVReport(rows, options.order, self.n_passes, check.pair, undone, check.told(force),
                             unusual(self.feed.batch), coverage.outside, coverage.share, self.start.note,
-                            '' if undone else advice(self.passes))
+                            '' if undone or options.preinit is not None else advice(self.passes))
         tell(report)
         return report
 
