@@ -175,8 +175,9 @@ def running(package, **kwargs):
 
 CONTESTANTS = {
     'pass': Contestant('a correcting pass alone', '#8fc1e3', one_pass),
-    'ours_keep': Contestant('lsuv_init, preinit=None', '#4a90c2', running('fastai_lsuv', preinit=None)),
     'ours': Contestant('lsuv_init', COLORS['fastai_lsuv'], running('fastai_lsuv')),
+    'ours_orthogonal': Contestant('orthogonal', '#4a90c2', running('fastai_lsuv', preinit='orthogonal')),
+    'ours_mirrored': Contestant('mirrored', '#8ab6d6', running('fastai_lsuv', preinit='mirrored')),
     'lsuv': Contestant('lsuv', COLORS['lsuv'], running('lsuv'), peer='lsuv'),
     'lsuv_keep': Contestant('lsuv, do_orthonorm=False', '#e7b48a', running('lsuv', do_orthonorm=False), peer='lsuv'),
     'anyinit': Contestant('anyinit, empirical', COLORS['anyinit'], running('anyinit'), peer='anyinit'),
@@ -322,7 +323,7 @@ def passes_table(benches, names):
 
 def faster_table(benches, names):
     "How many times faster than the peers this package is."
-    pairs = [('ours', 'lsuv'), ('ours_keep', 'lsuv_keep'), ('ours', 'anyinit')]
+    pairs = [('ours_orthogonal', 'lsuv'), ('ours', 'lsuv_keep'), ('ours', 'anyinit')]
     pairs = [(ours, peer) for ours, peer in pairs if ours in names and peer in names]
     if not pairs: return ''
     def cell(b, ours, peer):

@@ -51,7 +51,7 @@ def test_init_cost_measures_time_passes_and_memory(init_cost, tmp_path, capsys):
     written = rows(tmp_path/'init_cost.csv')
     assert [(r['model'], r['contestant'], r['passes_begun']) for r in written] == [
         (model, contestant, passes) for model in ('10-layer CNN', 'language model') for contestant, passes in
-        (('a correcting pass alone', '1'), ('lsuv_init, preinit=None', '2'), ('lsuv_init', '2'))]
+        (('a correcting pass alone', '1'), ('lsuv_init', '2'), ('orthogonal', '2'), ('mirrored', '5'))]
     assert all(float(r['seconds']) > 0 and float(r['forwards']) > 0.5 for r in written)
     said = capsys.readouterr().out
     assert 'Peak memory' in said and '| 10-layer CNN | 10 |' in said and 'Times faster' not in said

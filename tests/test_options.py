@@ -133,3 +133,11 @@ def test_a_target_for_each_unit():
     rows = init(net, samples(), target_std=target)
     assert asked == [(n, nn.Linear) for n in '024'] and list(rows) == list('024')
     assert [r.std for r in rows.values()] == pytest.approx([1, 0.5, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize('argument', ['modules', 'exclude'])
+def test_a_name_that_matches_nothing_is_answered_with_what_there_is(argument):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=f"{argument}: no module of Sequential matches 'head'") as e:
+        lsuv_init(model, X, **{argument: 'head'})
+    assert "Names here: '0', '1', '2'" in str(e.value) and 'no layer applies' not in str(e.value)

@@ -57,10 +57,17 @@ def last_of_no_samples(model):
     return Net()
 
 
+def with_a_dead_layer(model):
+    model[20].weight.data.zero_()
+    model[20].bias.data.fill_(-1.)
+    return model
+
+
 @pytest.mark.parametrize('make, n', [
+    (lambda: with_a_dead_layer(mlp(nn.ReLU)), 64),
     (lambda: mlp(nn.ReLU), 1), (lambda: frozen(mlp(nn.ReLU)), 64), (lambda: mlp(nn.ReLU, 40, RMSNorm), 64),
     (lambda: last_of_no_samples(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))), 8)],
-    ids=['one sample', 'frozen', 'RMSNorm', 'the last output is not of samples'])
+    ids=['a dead layer', 'one sample', 'frozen', 'RMSNorm', 'the last output is not of samples'])
 def test_nothing_is_advised_without_grounds(make, n):
     torch.manual_seed(0)
     assert 'mirrored' not in quietly(make(), torch.randn(n, 64), order='std').summary

@@ -9,7 +9,7 @@ from ..measure import Moments, between_samples
 from ..observe import unused_slices
 from ..parallel import local
 from ..report import Row
-from ..statuses import Status
+from ..statuses import DOUBTS, Status
 from ..units import Coverage, Unit, layer_unit
 from .passes import Passes
 
@@ -38,8 +38,12 @@ def rows_of(
     return rows, coverage
 
 
-def advice(passes: Passes) -> str:
-    "What may serve the model better: \"\" if there is nothing to say."
+def advice(
+    passes: Passes,
+    rows: list[Row]  # Of the report
+) -> str:
+    "What may serve the model better: \"\" if there is nothing to say, or something is wrong that comes first."
+    if any(r.status in (Status.NO_SIGNAL, Status.NON_FINITE, *DOUBTS) for r in rows): return ''
     c,out = passes.corrector,passes.corrector.output
     normed = c.norms.normed or any('norm' in type(m).__name__.lower() for m in passes.model.modules())
     if normed or not c.norms.rectified or c.alike or not any(u.may_change for u in passes.units): return ''

@@ -154,7 +154,7 @@ class Run:
         rows,coverage = rows_of(self.passes, self.before, bool(undone), options.preinit == 'mirrored')
         report = LSUVReport(rows, options.order, self.n_passes, check.pair, undone, check.told(force),
                             unusual(self.feed.batch), coverage.outside, coverage.share, self.start.note,
-                            '' if undone or options.preinit is not None else advice(self.passes))
+                            '' if undone or options.preinit is not None else advice(self.passes, rows))
         tell(report)
         return report
 

@@ -61,7 +61,8 @@ def select_modules(
     modules: Any = None,  # Types, a function of a module, names or globs, modules, or a list; `None`: every layer
     loose: Sequence[Source] = (),  # Parameters that an entry may name, or a module may hold, in place of layers
     named: Named | None = None,  # As in `sources_of`
-    argument: str = 'modules'  # What errors call `modules`
+    argument: str = 'modules',  # What errors call `modules`
+    told: Sequence[Source] | None = None  # Those of `loose` that errors name; `None`: all
 ) -> list[tuple[str, nn.Module]]:  # Names as in `named_modules()`, in order of registration
     "The modules of `model` that `modules` selects. Raises `ValueError` or `TypeError` if an entry matches nothing."
     named = named or list(model.named_modules())
@@ -79,7 +80,7 @@ def select_modules(
         if test is None: raise TypeError(f"{argument}: got {e!r} of type {type(e).__name__}; {_TAKES}")
         hits = [m for n, m in named if test(n, m)]
         if not hits and not (isinstance(e, str) and any(_names(e, s.name) for s in loose)):
-            raise ValueError(f'{argument}: {_no_match(e, model, loose)}')
+            raise ValueError(f'{argument}: {_no_match(e, model, loose if told is None else told)}')
         picked_ids |= {inside.get(id(m), id(m)) for m in hits}
     return [(n, m) for n, m in named if id(m) in picked_ids]
 
@@ -177,7 +178,7 @@ class Selection:
         self.by_user = modules is not None or bool(_entries(exclude))
         self.sources = sources_of(model, self.named)
         loose = loose_of(self.sources)
-        out = select_modules(model, exclude, self.sources, self.named, 'exclude') if _entries(exclude) else []
+        out = select_modules(model, exclude, self.sources, self.named, 'exclude', loose) if _entries(exclude) else []
         self._excluded = {id(c) for _, m in out for c in m.modules()}
         if modules is None: _refuse_compiled(self.named)
         picked = [(n, m) for n, m in select_modules(model, modules, loose, self.named) if id(m) not in self._excluded]
