@@ -35,8 +35,7 @@ class Corrector:
     def __init__(self, watch: Callable[[int], object] | None = None):
         self.watch = watch  # Told how many units have run in this pass
         self.changes = self.busy = False
-        self.ran: list[Unit] = []  # The units that have run in this pass, in order; and the output of the last
-        self.output: Tensor | None = None
+        self.ran: list[Unit] = []  # The units that have run in this pass, in order
         self.norms = NormWatch()
         self.samples,self.alike,self.batch = sys.maxsize,False,0.  # Of this mini-batch
         self.owners: dict[Any, Unit] = {}  # Of what scales blocks, the unit that took it first
@@ -89,7 +88,7 @@ class Corrector:
         if u.seen.now is None:
             u.seen.now = now
             self.ran.append(u)
-        now.shape,self.output = tuple(x.shape),x.detach()
+        now.shape = tuple(x.shape)
         now.moments.append(m)
         if self.watch is not None: self.watch(len(self.ran))
         return True

@@ -95,7 +95,7 @@ class Passes:
 
     def _begin(self, correct: bool, batch: Any = None, fresh: bool = True) -> None:
         if self.begun: self.kept.rewind()
-        self.begun = True
+        self.begun,self.output = True,None
         torch.clear_autocast_cache()  # it may hold weights as they were, in half precision
         for u in self.units: u.begin_pass(fresh)
         self.corrector.begin_pass(correct, batch, fresh)

@@ -5,7 +5,7 @@ import math
 
 from torch import nn
 
-from ..measure import Moments, between_samples
+from ..measure import Moments, between_samples, first_tensor
 from ..observe import unused_slices
 from ..parallel import local
 from ..report import Row
@@ -44,14 +44,14 @@ def advice(
 ) -> str:
     "What may serve the model better: \"\" if there is nothing to say, or something is wrong that comes first."
     if any(r.status in (Status.NO_SIGNAL, Status.NON_FINITE, *DOUBTS) for r in rows): return ''
-    c,out = passes.corrector,passes.corrector.output
+    c,out = passes.corrector,first_tensor(passes.output)
     normed = c.norms.normed or any('norm' in type(m).__name__.lower() for m in passes.model.modules())
     if normed or not c.norms.rectified or c.alike or not any(u.may_change for u in passes.units): return ''
     if out is None or out.dim() < 2 or not _FEW <= len(out) == c.samples: return ''
-    share = between_samples(local(out))
+    share = between_samples(local(out.detach()))
     if not share < _ALIKE: return ''
     part = f'{share:.0%}'.replace('%', ' %') if share > .01 else 'less than 1 %'
-    return (f"Samples become alike: {part} of the variance of the last output is between samples. "
+    return (f"Samples become alike: {part} of the variance of the model's output is between samples. "
             "`preinit='mirrored'` keeps them apart.")
 
 

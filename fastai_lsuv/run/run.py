@@ -145,7 +145,6 @@ class Run:
         started = correct and self.start(passes.units)
         if planned or started: check.current = False
         elif not check.current: check.take_from(passes.output, batch, passes.corrector.norms.altered)
-        passes.output = None
         return bool(planned) or started
 
     def _finish(self, force: bool, undone: str, tell: Callable[[LSUVReport], object]) -> LSUVReport:
