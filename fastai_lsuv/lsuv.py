@@ -61,12 +61,12 @@ def lsuv_init(
     A unit is a conv, linear or attention layer, or a weight that a linear operation takes without one, such as an
     expert's slice of a parameter. `report.outside` names all other weights.
 
-    The model is measured in training mode, so norm layers use the statistics of the batch, but with dropout off. Only
-    weights and biases change; modes, buffers and hidden state are put back. Frozen weights are left alone, and zero-initialized
-    weights stay zero. A layer is left alone if the mini-batch cannot be trusted: the samples are alike ("alike"), one
-    sample sets the std ("outlier"), or a norm layer receives almost nothing ("faint"). One warning names the layers
-    that were not normalized, and the weights that were scaled by a lot. Under `torch.distributed` the statistics are
-    pooled over all ranks.
+    The model is measured in training mode with dropout off, so norm layers use the statistics of the batch. Only
+    weights and biases change; modes, buffers and hidden state are put back. Frozen weights are left alone, and
+    zero-initialized weights stay zero. A layer is left alone if the mini-batch cannot be trusted: the samples are alike
+    ("alike"), one sample sets the std ("outlier"), or a norm layer receives almost nothing ("faint"). One warning names
+    the layers that were not normalized, and the weights that were scaled by a lot. Under `torch.distributed` the
+    statistics are pooled over all ranks.
 
     With `loss`, the training loss is measured before and after, with dropout on. If a finite loss comes out non-finite,
     or more than four times both the loss before and the loss of predicting zeros, the weights are put back, and the
@@ -121,7 +121,7 @@ def layer_stats(
 ) -> LSUVReport:  # One row per layer, in execution order; `status` says whether the std is within 0.1 of 1
     """Measure mean and std of each layer's output in one forward pass, and change nothing.
 
-    The model is measured in training mode, so batch norm uses the statistics of the batch, but with dropout off. Mean
+    The model is measured in training mode with dropout off, so batch norm uses the statistics of the batch. Mean
     and std are those of a layer's whole output, over all its calls. The std is unbiased, like `Tensor.std`.
 
     With `loss`, each row also has the gradient, which costs one more forward and a backward: `grad_std`, the std of the
