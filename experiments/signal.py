@@ -12,6 +12,7 @@ from fastcore.script import call_parse
 from torch import Tensor, nn
 
 from fastai_lsuv import layer_stats, lsuv_init
+from fastai_lsuv.measure import between_samples
 
 from .networks import deep_relu, fitnet4
 from .options import ImageOptions
@@ -142,14 +143,6 @@ def by_layer(
     for h in hooks: h.remove()
     return [dict(layer=i + 1, between=shares[r.name], std=r.std, grad_std=r.grad_std, weight_grad=r.weight_grad)
             for i, r in enumerate(stats)]
-
-
-def between_samples(
-    out: Tensor  # (N, ...)
-) -> float:
-    "The share of the variance that lies between samples. The rest is what all samples have in common."
-    out = out.flatten(1).double()
-    return ((out - out.mean(0)).square().mean()/(out - out.mean()).square().mean()).item()
 
 
 def _picture(layers: pd.DataFrame) -> plt.Figure:

@@ -32,7 +32,7 @@ def test_mirrored_weights_are_advised_where_samples_become_alike(model, advised)
     torch.manual_seed(0)
     model,x = model(),torch.randn(64, 64)
     report = lsuv_init(model, x, order='std')
-    assert ("`preinit='mirrored'` keeps them apart" in report.summary) == advised and report.warning == ''
+    assert ("`preinit='mirrored'` may keep them apart" in report.summary) == advised and report.warning == ''
     if advised:
         out = model(x)
         share = (out - out.mean(0)).square().mean()/(out - out.mean()).square().mean()

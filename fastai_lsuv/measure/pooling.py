@@ -32,7 +32,7 @@ def pool_ranks(
     parts = np.stack(arrays_of_all_ranks(mine))
     same = (batch[:, None] == batch) & (batch != 0) | np.eye(len(batch), dtype=bool)  # Ranks with the same mini-batch
     weights = np.where(held, 1/np.maximum((same*np.where(held, shares, 0.)).sum(1), 1e-9), 0.)
-    n,s,q,tops = (parts*weights[:, None, None]).sum(0)
+    n,s,q,_ = (parts*weights[:, None, None]).sum(0)
     with np.errstate(all='ignore'):
         mean = s/n
         var = np.maximum(q/n - mean*mean, 0.)
